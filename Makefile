@@ -1,0 +1,68 @@
+# Everything here sets up .venv by itself and needs only Python (3.11 or newer), pip, git and make.
+#
+#   make demo       one prompt and seed, stock and accelerated, side by side in demo.png
+#   make test       lint, types and the fast tests
+#   make test-all   the sweeps too; the log is kept in assets/bench/test-all.log
+#   make lint       ruff and pyright alone
+#   make bench-cpu  the CPU benchmark; writes assets/bench/ and the table in README.md
+#   make clean      what the commands above wrote, .venv included
+
+PYTHON ?= python3
+WORKERS ?= logical
+NATTEN ?= 1
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+# Two workers share the cores, so a worker gets one thread. Nothing may be downloaded in a test.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 -q
+
+PROMPT := a large red circle above a small blue square on a white background
+
+.PHONY: demo test test-all lint bench-cpu clean
+
+demo: $(VENV)/installed
+	$(BIN)/visionfuse generate assets/flux-micro "$(PROMPT)" --recipe gna --height 512 --width 512 \
+	  --dtype float32 --compare --out demo.png
+
+test: lint
+	$(PYTEST) -m "not slow"
+
+test-all: lint
+	@mkdir -p assets/bench
+	( date -u +%F; git rev-parse --short HEAD; $(BIN)/visionfuse info; \
+	  $(PYTEST) --durations 20; echo "exit $$?" ) > assets/bench/test-all.log 2>&1; \
+	  tail -n 30 assets/bench/test-all.log; tail -n 1 assets/bench/test-all.log | grep -qx "exit 0"
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench-cpu: $(VENV)/installed
+	$(BIN)/python -m visionfuse.bench.attention
+	$(BIN)/python -m visionfuse.bench.readme
+
+# The virtual environment. Debian without python3-venv has pip but no ensurepip: pip then installs pip.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("visionfuse needs Python 3.11 or newer, " + sys.executable + " is " + sys.version.split()[0] + ". Name another one: make PYTHON=/path/to/python3.11")'
+	@$(PYTHON) -m venv $(VENV) 2>/dev/null || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
+	  && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing torch, diffusers and visionfuse into $(VENV) (a few minutes, once) ..."
+	@$(PIP) -e .
+	@touch $@
+
+# NATTEN is a second oracle in the tests. With a GPU it would compile for a long time, and its tests skip
+# themselves where it is missing, so that a failure here stops nothing.
+$(VENV)/installed-dev: $(VENV)/installed
+	@echo "Installing the test tools into $(VENV) ..."
+	@$(PIP) -e ".[dev]"
+	@if [ "$(NATTEN)" = 1 ] && ! command -v nvidia-smi > /dev/null; then \
+	  $(PIP) --no-build-isolation natten || echo "NATTEN did not install; its tests will be skipped."; fi
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis demo.png demo.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
