@@ -1,0 +1,127 @@
+"""The package is the same from a wheel, an sdist, an editable install and the bare tree."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = CONFIG["tool"]["setuptools"]
+
+
+def _run(*command, cwd, **environment) -> str:
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environment
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+def _sources() -> dict[str, Path]:
+    """Every Python file that belongs in the package, by its place in the package."""
+    files = {}
+    for top, prefix in (("visionfuse", ""), ("kernels", "kernels/"), ("pipelines", "pipelines/")):
+        for path in (ROOT / top).rglob("*.py"):
+            inside = path.relative_to(ROOT / top)
+            if inside.parts[0] not in ("kernels", "pipelines") or top != "visionfuse":
+                files[f"visionfuse/{prefix}{inside.as_posix()}"] = path
+    return files
+
+
+def test_list_of_packages_matches_the_tree():
+    tree = {name.rpartition("/")[0].replace("/", ".") for name in _sources()}
+    assert set(SETUPTOOLS["packages"]) == tree
+
+
+def test_links_serve_development():
+    for name in ("kernels", "pipelines"):
+        assert (ROOT / "visionfuse" / name).resolve() == ROOT / name
+        assert os.readlink(ROOT / "visionfuse" / name) == f"../{name}"
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """What a build sees, without the links: a zip archive of the repository stores those as text files."""
+    tree = tmp_path_factory.mktemp("copy") / "visionfuse"
+    names = [p.relative_to(ROOT) for p in _sources().values()]
+    names += [Path(n) for n in ("pyproject.toml", "README.md", "LICENSE", "visionfuse/py.typed")]
+    names += [
+        p.relative_to(ROOT) for p in (*ROOT.glob("kernels/**/*.json"), *ROOT.glob("visionfuse/*/*.json"))
+    ]  # fmt: skip
+    for name in names:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_bytes((ROOT / name).read_bytes())
+    for name in ("kernels", "pipelines"):
+        (tree / "visionfuse" / name).write_text(f"../{name}")
+    return tree
+
+
+@pytest.fixture(scope="module")
+def wheel(copy, tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    _run(
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        out,
+        copy,
+        cwd=out,
+    )
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_wheel_has_every_file_and_runs(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert set(_sources()) <= names
+    assert "visionfuse/py.typed" in names
+    assert not [n for n in names if not n.startswith(("visionfuse/", "visionfuse-"))]
+
+    target = tmp_path / "site"
+    _run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel,
+         cwd=tmp_path)  # fmt: skip
+    # -I would drop PYTHONPATH; the folder that -c puts first is the empty tmp_path.
+    where = _run("-c", "import visionfuse.kernels.attention as a, visionfuse.pipelines as p; "
+                 "print(a.__file__, p.__file__)", cwd=tmp_path, PYTHONPATH=str(target))  # fmt: skip
+    for path in where.split():
+        assert Path(path).is_relative_to(target)
+
+
+def test_sdist_has_every_file_once(copy, tmp_path):
+    _run(
+        "-c",
+        f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})",
+        cwd=copy,
+    )
+    (built,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        names = {n.partition("/")[2] for n in archive.getnames()}
+    expected = {p.relative_to(ROOT).as_posix() for p in _sources().values()}
+    assert expected | {"pyproject.toml", "LICENSE", "README.md"} <= names
+
+
+def test_bare_tree(tmp_path):
+    where = _run("-c", "import visionfuse.kernels.plan as p; print(p.__file__)", cwd=ROOT)
+    assert Path(where).is_relative_to(ROOT)
+
+
+def test_hugging_face_kernels_is_never_hidden(tmp_path):
+    """With this folder first on the path, `import kernels` still finds the installed package."""
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("def get_kernel(): return 'the real one'\n")
+    said = _run("-c", "import visionfuse, kernels; print(kernels.get_kernel())", cwd=ROOT,
+                PYTHONPATH=str(tmp_path))  # fmt: skip
+    assert said == "the real one"
