@@ -1,0 +1,5 @@
+"""Token orders and the permutations that realise them."""
+
+from .curves import Order, OrderedGrid, hilbert_index, inverse_permutation, order_grid
+
+__all__ = ["Order", "OrderedGrid", "hilbert_index", "inverse_permutation", "order_grid"]

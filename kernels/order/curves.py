@@ -1,0 +1,170 @@
+"""Orders: how a grid of tokens becomes a line, so that neighbours in space are neighbours in memory.
+
+Every order is a sort by a mixed-radix key: residue class (only for dilation), tile, sub-tile or
+position on the Hilbert curve, then row-major. A *run* is a stretch of tokens with the same tile
+(or sub-tile); attention blocks never cross a run, which is what keeps their bounding boxes small.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+OrderKind = Literal["auto", "row", "tiled", "hilbert"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """A choice of token order.
+
+    kind: "row" (row-major, nothing moves), "tiled" (tiles in row-major order, row-major inside),
+        "hilbert" (windows in row-major order, a Hilbert curve inside), or "auto" (the planner picks
+        "tiled" with the tile of least counted work).
+    tile: tile (tiled) or window (hilbert) in tokens per axis; None lets the planner choose.
+    subtile: second level of "tiled": tiles of keys inside tiles of queries; must divide `tile`.
+    """
+
+    kind: OrderKind = "auto"
+    tile: tuple[int, ...] | None = None
+    subtile: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        if self.kind not in ("auto", "row", "tiled", "hilbert"):
+            raise ValueError(
+                f"Unknown order {self.kind!r}. Choose one of 'auto', 'row', 'tiled', 'hilbert'."
+            )
+        for name in ("tile", "subtile"):
+            value = getattr(self, name)
+            if value is not None:
+                if any(int(n) < 1 for n in value):
+                    raise ValueError(f"Order {name} must be positive on every axis, got {value}.")
+                object.__setattr__(self, name, tuple(int(n) for n in value))
+        if self.subtile is not None and (
+            self.tile is None
+            or len(self.tile) != len(self.subtile)
+            or any(t % s for t, s in zip(self.tile, self.subtile, strict=True))
+        ):
+            raise ValueError(
+                f"Order subtile must divide tile on every axis, got tile={self.tile}, "
+                f"subtile={self.subtile}."
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OrderedGrid:
+    """A grid in its order: all tensors are indexed by *position on the line*.
+
+    permutation: int64 [S], permutation[position] = row-major index of the token there.
+    run_q, run_k: int64 [S], non-decreasing id of the tile (queries) and sub-tile (keys) of a position.
+    """
+
+    permutation: Tensor
+    run_q: Tensor
+    run_k: Tensor
+
+
+def grid_coordinates(grid: tuple[int, ...], device=None) -> Tensor:
+    """Coordinates of the tokens of a row-major grid: int64 [axes, S]."""
+    axes = torch.meshgrid(*[torch.arange(n, device=device) for n in grid], indexing="ij")
+    return torch.stack([a.reshape(-1) for a in axes])
+
+
+def order_grid(
+    grid: tuple[int, ...], order: Order, *, dilation: tuple[int, ...] | None = None, device=None
+) -> OrderedGrid:
+    """Put the tokens of `grid` into `order`.
+
+    With `dilation`, tokens of one residue class (coordinate modulo dilation) come together first,
+    because they only ever meet each other; tiles then count in steps of the dilation.
+    """
+    coords = grid_coordinates(grid, device)
+    dilation = dilation or (1,) * len(grid)
+    classes, steps, sizes = [], [], []
+    for x, n, d in zip(coords, grid, dilation, strict=True):
+        if d > 1:
+            classes.append((x % d, d))
+        steps.append(x // d)
+        sizes.append(-(-n // d))
+
+    if order.kind == "auto":
+        raise ValueError("Order 'auto' has no permutation of its own; ask the planner for a plan.")
+    if order.kind == "row":
+        tiles, subtiles = [], []
+    else:
+        if order.tile is None or len(order.tile) != len(grid):
+            raise ValueError(
+                f"Order {order.kind!r} needs a tile with one size per axis of the grid {grid}, "
+                f"got tile={order.tile}."
+            )
+        tiles = [(x // t, -(-n // t)) for x, n, t in zip(steps, sizes, order.tile, strict=True)]
+        inside = [x % t for x, t in zip(steps, order.tile, strict=True)]
+        if order.kind == "hilbert":
+            bits = max(max(order.tile) - 1, 1).bit_length()
+            subtiles = []
+            within = [(hilbert_index(torch.stack(inside), bits), 1 << (bits * len(grid)))]
+        else:
+            sub = order.subtile or order.tile
+            subtiles = [
+                (x // s, -(-t // s)) for x, t, s in zip(inside, order.tile, sub, strict=True)
+            ]
+            within = [(x % s, s) for x, s in zip(inside, sub, strict=True)]
+    if order.kind == "row":
+        within = list(zip(steps, sizes, strict=True))
+
+    run_q = _mixed_radix(classes + tiles, like=coords[0])
+    run_k = _mixed_radix(classes + tiles + subtiles, like=coords[0])
+    key = _mixed_radix(classes + tiles + subtiles + within, like=coords[0])
+    permutation = torch.argsort(key, stable=True)
+    return OrderedGrid(permutation, run_q[permutation], run_k[permutation])
+
+
+def _mixed_radix(digits: list[tuple[Tensor, int]], like: Tensor) -> Tensor:
+    number = torch.zeros_like(like)
+    for digit, base in digits:
+        number = number * base + digit
+    return number
+
+
+def inverse_permutation(permutation: Tensor) -> Tensor:
+    """The permutation that undoes `permutation`: x[permutation][inverse] == x."""
+    inverse = torch.empty_like(permutation)
+    inverse[permutation] = torch.arange(permutation.numel(), device=permutation.device)
+    return inverse
+
+
+def hilbert_index(coords: Tensor, bits: int) -> Tensor:
+    """Distance along the Hilbert curve of points in a cube of side 2**bits.
+
+    coords: int64 [axes, S], 0 <= coords < 2**bits. Returns int64 [S]; consecutive distances are
+    unit steps in space. J. Skilling, "Programming the Hilbert curve", AIP Conf. Proc. 707 (2004).
+    """
+    x = list(coords.clone())
+    axes = len(x)
+    if axes == 1:
+        return x[0]
+    bit = 1 << (bits - 1)
+    while bit > 1:  # undo the reflections and exchanges, from the coarsest cell inwards
+        low = bit - 1
+        for axis in range(axes):
+            reflect = (x[axis] & bit).bool()
+            exchange = torch.where(reflect, torch.zeros_like(x[0]), (x[0] ^ x[axis]) & low)
+            x[0] = torch.where(reflect, x[0] ^ low, x[0] ^ exchange)
+            if axis:
+                x[axis] = x[axis] ^ exchange
+        bit >>= 1
+    for axis in range(1, axes):  # Gray decoding
+        x[axis] = x[axis] ^ x[axis - 1]
+    flip = torch.zeros_like(x[0])
+    bit = 1 << (bits - 1)
+    while bit > 1:
+        flip = torch.where((x[-1] & bit).bool(), flip ^ (bit - 1), flip)
+        bit >>= 1
+    x = [a ^ flip for a in x]
+    distance = torch.zeros_like(x[0])
+    for b in reversed(range(bits)):
+        for a in x:
+            distance = (distance << 1) | ((a >> b) & 1)
+    return distance
