@@ -1,0 +1,266 @@
+"""The command line. Options and output are here; the work is in visionfuse.pipelines, imported when needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Faster vision and diffusion transformers.",
+    pretty_exceptions_show_locals=False,
+)
+console = Console()
+
+PROMPT = "a large red circle above a small blue square on a white background"
+MICRO = Path(__file__).resolve().parents[1] / "assets" / "flux-micro"
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What a user can put right is one message and exit code 2, not a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, NotImplementedError, ImportError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error))}")
+        raise typer.Exit(2) from error
+
+
+def parse_value(text: str) -> Any:
+    """'64x64' -> (64, 64), '0.5' -> 0.5, 'true' -> True, 'none' -> None, anything else as it is.
+
+    On an axis of a tuple, '-' is None (the whole axis): '-x16x16'.
+    """
+    words = {"true": True, "false": False, "none": None, "-": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    parts = text.split("x")
+    if len(parts) > 1 and all(p == "-" or p.isdigit() for p in parts):
+        return tuple(parse_value(p) for p in parts)
+    return text
+
+
+def parse_options(pairs: list[str], **named: str | float | None) -> dict[str, Any]:
+    """Recipe options from 'key=value' and from the options that have a name of their own."""
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"--option takes key=value, for example window=32x32, not {pair!r}.")
+        options[key.strip().replace("-", "_")] = parse_value(value.strip())
+    for key, value in named.items():
+        if value is None:
+            continue
+        if key in options:
+            raise ValueError(f"{key} is given twice, as --option {key}=... and by its own name.")
+        options[key] = parse_value(value) if isinstance(value, str) else value
+    return options
+
+
+def parse_shape(text: str, name: str) -> tuple[int, ...]:
+    value = parse_value(text)
+    shape = value if isinstance(value, tuple) else (value,)
+    if not 1 <= len(shape) <= 3 or not all(type(n) is int and n > 0 for n in shape):
+        raise ValueError(
+            f"{name} takes one to three sizes such as 64x64 or 21x30x52, not {text!r}."
+        )
+    return shape
+
+
+Window = Annotated[str | None, typer.Option(help="Keys a query sees per axis, e.g. 32x32.")]
+Stride = Annotated[str | None, typer.Option(help="Queries that share a window, e.g. 8x8.")]
+Density = Annotated[
+    float | None, typer.Option(help="Instead of a window: the share of the grid that a query sees.")
+]
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or Hugging Face name; default: the shipped model.")
+    ] = None,
+    prompt: Annotated[str, typer.Argument()] = PROMPT,
+    recipe: Annotated[str, typer.Option(help="Name of a recipe.")] = "gna",
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", help="key=value of the recipe; repeatable."),
+    ] = None,
+    window: Window = None,
+    stride: Stride = None,
+    density: Density = None,
+    dense_start: Annotated[
+        float | None, typer.Option(help="Share of the steps at the start that stays dense.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.", min=16)] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.", min=16)] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    max_sequence_length: Annotated[int | None, typer.Option(help="Text tokens.", min=1)] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
+    offload: Annotated[bool, typer.Option(help="Keep idle parts in CPU memory.")] = False,
+    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("out.png"),
+    compare: Annotated[
+        bool, typer.Option(help="Stock and accelerated side by side, with figures in JSON beside.")
+    ] = False,
+    repeats: Annotated[int, typer.Option(help="With --compare: median of so many.", min=1)] = 1,
+    dry_run: Annotated[bool, typer.Option(help="Load and check, but generate nothing.")] = False,
+) -> None:
+    """Generate an image with FLUX, accelerated, or compare it with the stock pipeline."""
+    with user_errors():
+        options = parse_options(
+            option or [], window=window, stride=stride, density=density, dense_start=dense_start
+        )
+        _check_out(out)
+        import visionfuse
+        from visionfuse.pipelines import flux
+
+        request = flux.Request(
+            model=model or _shipped_model(), prompt=prompt, recipe=recipe, options=options,
+            height=height, width=width, steps=steps, guidance=guidance, seed=seed,
+            max_sequence_length=max_sequence_length, dtype=dtype, device=device, offload=offload,
+        )  # fmt: skip
+        pipe = flux.load(request)
+        if compare and not dry_run:
+            result = flux.compare(pipe, request, repeats=repeats)
+            figures = flux.save(result, out)
+            _print_comparison(result)
+            console.print(f"Picture: {out}\nFigures: {figures}", soft_wrap=True)
+            return
+        pipe.enable_visionfuse(recipe, **options)
+        if not dry_run:
+            flux.generate(pipe, request).save(out)
+        console.print(escape(str(visionfuse.report(pipe))), soft_wrap=True)
+        console.print("Nothing generated (--dry-run)." if dry_run else f"Picture: {out}")
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--out needs a name that ends in .png, .jpg or .webp, not {out}.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _shipped_model() -> str:
+    if not MICRO.is_dir():
+        raise ValueError(
+            "The shipped model assets/flux-micro is not here; it comes with a clone of the "
+            "repository. Name a folder or a model on the Hugging Face Hub."
+        )
+    return str(MICRO)
+
+
+def _print_comparison(result) -> None:
+    change = result.change
+    table = Table(title=f"{result.stock.width}x{result.stock.height}, {result.device}")
+    table.add_column("")
+    table.add_column("stock", justify="right")
+    table.add_column("visionfuse", justify="right")
+    table.add_row("time", f"{result.stock_seconds:.2f} s", f"{result.fused_seconds:.2f} s")
+    table.add_row("speed-up", "1.00x", f"{result.speedup:.2f}x")
+    if result.density is not None:
+        table.add_row("density", "100%", f"{result.density:.1%}")
+    table.add_section()
+    table.add_row("PSNR", "", f"{change.psnr:.1f} dB")
+    table.add_row("SSIM", "", f"{change.ssim:.4f}")
+    table.add_row("mean difference", "", f"{change.mean:.2f} of 255")
+    console.print(table)
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Versions, device, and which implementations run here and why the others do not."""
+    from visionfuse.info import collect
+
+    facts = collect()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    table = Table("package", "version", box=None)
+    for name, version in {"python": facts["python"], **facts["packages"]}.items():
+        table.add_row(name, version or "[dim]not installed[/]")
+    console.print(table)
+    device = facts["device"]
+    details = [device["name"], f"{device['threads']} threads on {device['cores']} cores"]
+    if "capability" in device:
+        details[1:] = [f"sm_{device['capability'].replace('.', '')}", f"{device['memory_gib']} GiB"]
+    console.print(f"\nDevice: {', '.join(details)}; default dtype {facts['dtype']}\n")
+    table = Table("attention", "runs here", "why not", box=None)
+    for name, state in facts["attention"].items():
+        runs = "[green]yes[/]" if state["runs"] else "[red]no[/]"
+        table.add_row(name, runs, escape("; ".join(state["reasons"])))
+    console.print(table)
+
+
+@app.command()
+def plan(
+    grid: Annotated[str, typer.Option(help="Token grid: 64x64, or frames first: 21x30x52.")],
+    text: Annotated[int, typer.Option(help="Text tokens that everything sees.", min=0)] = 0,
+    window: Window = None,
+    stride: Stride = None,
+    dilation: Annotated[str | None, typer.Option(help="Steps between keys.")] = None,
+    density: Density = None,
+    impl: Annotated[str, typer.Option(help="For the tiles of this implementation.")] = "blocks",
+    head_dim: Annotated[int, typer.Option(min=8)] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """How much work a neighbourhood leaves on a grid, and in which tiles it is done."""
+    with user_errors():
+        from visionfuse.kernels.attention import implementations
+        from visionfuse.kernels.plan import Neighborhood, TokenLayout, plan_attention
+
+        shape = parse_shape(grid, "--grid")
+        if impl not in implementations():
+            raise ValueError(f"Unknown --impl {impl!r}. Choose {', '.join(implementations())}.")
+        spec = Neighborhood(
+            **parse_options([], window=window, density=density, stride=stride, dilation=dilation)
+        )
+        layout = TokenLayout.joint(text=text, grids=[shape])
+        made = plan_attention(layout, spec, impl=impl, head_dim=head_dim)
+        on_grid = spec.resolve(shape)
+    blocks = made.blocks
+    facts = {
+        "tokens": layout.length,
+        "window": on_grid.window,
+        "stride": on_grid.stride,
+        "density": blocks.density,
+        "visited_density": blocks.visited_density,
+        "full_share": blocks.full_share,
+        "tile": made.order.tile,
+        "subtile": made.order.subtile,
+        "tiles": blocks.tiles,
+    }
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    meaning = {
+        "density": "visible pairs, of all pairs",
+        "visited_density": "pairs in visited blocks",
+        "full_share": "visited pairs in blocks without a mask",
+    }
+    table = Table(box=None, show_header=False)
+    for name, value in facts.items():
+        if isinstance(value, tuple):
+            value = "x".join(map(str, value))
+        elif isinstance(value, float):
+            value = f"{value:.1%}"
+        table.add_row(name.replace("_", " "), str(value), f"[dim]{meaning.get(name, '')}[/]")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    app()
