@@ -1,0 +1,134 @@
+"""Named recipes. A new one is a function with keyword options, registered under its name.
+
+>>> build("gna", window=(80, 80), stride=(16, 16), dense_steps=9).plan.window
+(80, 80)
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+
+from .kernels.order import Order
+from .kernels.plan import Dense, Neighborhood
+from .recipe import Precision, Recipe
+from .schedule import Schedule
+
+RECIPES: dict[str, Callable[..., Recipe]] = {}
+
+# Defaults of "gna". The share of dense steps is the paper's for FLUX (9 of 28); the density keeps a
+# recipe independent of the resolution, and the stride lets whole blocks share one window.
+GNA_DENSITY = 0.3
+GNA_STRIDE = 8
+GNA_DENSE_START = 9 / 28
+
+
+def named(name: str) -> Callable[[Callable[..., Recipe]], Callable[..., Recipe]]:
+    """Register a function that returns a Recipe, or raises ValueError, from keyword options."""
+
+    def add(function: Callable[..., Recipe]) -> Callable[..., Recipe]:
+        RECIPES[name] = function
+        return function
+
+    return add
+
+
+def build(name: str, **options) -> Recipe:
+    """The recipe `name` with `options`; errors name the choices."""
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"Unknown recipe {name!r}.{hint} Available: {', '.join(RECIPES)}.")
+    known = options_of(name)
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise TypeError(
+            f"The recipe {name!r} has no option {', '.join(map(repr, unknown))}.{hint} "
+            f"Options: {', '.join(known) or 'none'}, and impl."
+        )
+    return replace(RECIPES[name](**options), name=name)
+
+
+def options_of(name: str) -> list[str]:
+    """The options of a named recipe."""
+    return list(inspect.signature(RECIPES[name]).parameters)
+
+
+@named("auto")
+def auto() -> Recipe:
+    """The fastest attention that is exact: every token meets every other, in the model's format."""
+    return Recipe(plan=Dense(), order=Order(kind="row"))
+
+
+@named("dense")
+def dense() -> Recipe:
+    """Exact attention. With impl= it runs in an implementation of visionfuse, for comparison."""
+    return Recipe(plan=Dense(), order=Order(kind="row"))
+
+
+@named("gna")
+def gna(
+    *,
+    window: int | tuple[int | None, ...] | None = None,
+    density: float | None = None,
+    stride: int | tuple[int, ...] | None = None,
+    dilation: int | tuple[int, ...] = 1,
+    causal: bool | tuple[bool, ...] = False,
+    order: str | Order = "auto",
+    precision: str | Precision = "model",
+    dense_start: float | None = None,
+    dense_steps: int | None = None,
+    dense_layers: int | tuple[int, ...] = (),
+    min_steps: int | None = None,
+) -> Recipe:
+    """Generalized neighborhood attention (arXiv 2504.16922).
+
+    window: keys per axis; or density: share of the grid that a query sees (default 0.3), which
+        follows the resolution. stride, dilation, causal: as in `Neighborhood`; the stride is 8, or
+        the window where that is smaller.
+    dense_start, dense_steps: the part of the run that stays dense, 9/28 of it by default.
+    min_steps: shorter runs stay dense; 9, or 0 when dense_start or dense_steps asks for a plan.
+
+    The paper's setting for FLUX at 4096 x 4096 is window=(80, 80), stride=(16, 16), dense_steps=9.
+    """
+    if window is not None and density is not None:
+        raise ValueError(
+            f"Give either window or density, got window={window} and density={density}."
+        )
+    if window is None and density is None:
+        density = GNA_DENSITY
+    if stride is None:
+        stride = GNA_STRIDE if window is None else _default_stride(window)
+    if dense_start is not None and dense_steps is not None:
+        raise ValueError(
+            f"Give either dense_start (a share of the run) or dense_steps (a number of steps), got "
+            f"dense_start={dense_start} and dense_steps={dense_steps}."
+        )
+    asked = dense_start is not None or dense_steps is not None
+    if min_steps is None:
+        min_steps = 0 if asked else Schedule().min_steps
+    return Recipe(
+        order=order if isinstance(order, Order) else Order(kind=order),
+        plan=Neighborhood(
+            window=window, density=density, stride=stride, dilation=dilation, causal=causal
+        ),
+        precision=precision
+        if isinstance(precision, Precision)
+        else Precision(qk=precision, pv=precision),
+        schedule=Schedule(
+            dense_start=GNA_DENSE_START if dense_start is None else dense_start,
+            dense_steps=dense_steps,
+            dense_layers=dense_layers,
+            min_steps=min_steps,
+        ),
+    )
+
+
+def _default_stride(window) -> int | tuple[int, ...]:
+    if isinstance(window, int):
+        return max(1, min(GNA_STRIDE, window))
+    return tuple(GNA_STRIDE if w is None else max(1, min(GNA_STRIDE, w)) for w in window)

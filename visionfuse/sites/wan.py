@@ -1,0 +1,69 @@
+"""Wan 2.1 and 2.2: self-attention over one video grid of patches; text meets it in cross attention."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from torch import Tensor, nn
+
+from ..context import ACTIVE
+from ..kernels.plan import TokenLayout
+from . import SITES, Arguments, Site, map_output
+
+
+def layout(model: nn.Module, arguments: Arguments, memo: dict) -> TokenLayout:
+    return TokenLayout.joint(grids=[_grid(arguments["hidden_states"], model.config.patch_size)])
+
+
+def permute(model: nn.Module, arguments: Arguments, order: Tensor) -> Arguments:
+    # The patch embedding is a convolution whose stride is its kernel, so permuting patches of the
+    # latent permutes tokens, and the latent has 64 numbers a token where the model has thousands.
+    arguments = dict(arguments)
+    arguments["hidden_states"] = permute_patches(
+        arguments["hidden_states"], model.config.patch_size, order
+    )
+    if arguments["timestep"].ndim == 2:  # Wan 2.2 TI2V has a time step per token
+        arguments["timestep"] = arguments["timestep"].index_select(1, order)
+    return arguments
+
+
+def restore(model: nn.Module, output, inverse: Tensor):
+    return map_output(output, lambda x: permute_patches(x, model.config.patch_size, inverse))
+
+
+def hooks(model: nn.Module, stack: ExitStack) -> None:
+    stack.callback(model.rope.register_forward_hook(_order_rope).remove)
+
+
+def _order_rope(module: nn.Module, args, output: tuple[Tensor, Tensor]):
+    """Rotary tables (1, S, 1, D) follow their tokens: the model computes them from the grid's shape."""
+    order = ACTIVE.grid_permutation
+    if order is None:
+        return output
+    return tuple(table.index_select(1, order) for table in output)
+
+
+def _grid(latent: Tensor, patch: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n // p for n, p in zip(latent.shape[2:], patch, strict=True))
+
+
+def permute_patches(x: Tensor, patch: tuple[int, ...], order: Tensor) -> Tensor:
+    """x (B, C, F, H, W) with its patches, counted row-major, in `order`. Incomplete patches are cut."""
+    (b, c), (t, h, w), (pt, ph, pw) = x.shape[:2], _grid(x, patch), patch
+    x = x[:, :, : t * pt, : h * ph, : w * pw].reshape(b, c, t, pt, h, ph, w, pw)
+    tokens = x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, t * h * w, -1).index_select(1, order)
+    x = tokens.reshape(b, t, h, w, c, pt, ph, pw).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return x.reshape(b, c, t * pt, h * ph, w * pw)
+
+
+SITES["WanTransformer3DModel"] = Site(
+    grid_axes=3,
+    grid_name="frames, rows, columns",
+    layers=lambda model: [block.attn1 for block in model.blocks],
+    others="cross attention to the text",
+    head_dim=lambda model: model.config.attention_head_dim,
+    layout=layout,
+    permute=permute,
+    restore=restore,
+    hooks=hooks,
+)

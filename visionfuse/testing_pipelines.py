@@ -1,0 +1,196 @@
+"""Tiny pipelines with random weights, built offline: whole calls in well under a second on a CPU.
+
+pipe = flux_pipeline()
+image = run(pipe, height=32, width=48)   # a grid of 16 x 24 tokens, 48 tokens of text
+"""
+
+from __future__ import annotations
+
+import string
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+TEXT_WIDTH = 32
+FLUX_CONFIG = dict(
+    patch_size=1,
+    num_layers=2,
+    num_single_layers=2,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    joint_attention_dim=TEXT_WIDTH,
+    pooled_projection_dim=TEXT_WIDTH,
+    axes_dims_rope=(4, 4, 8),
+)
+
+
+def flux_transformer(**changes) -> FluxTransformer2DModel:
+    """4 layers of 2 heads. Fill takes in_channels=12, out_channels=4."""
+    torch.manual_seed(0)
+    config = {"in_channels": 4, **FLUX_CONFIG, **changes}
+    return _lively(FluxTransformer2DModel(**config))
+
+
+def flux_controlnet() -> FluxControlNetModel:
+    torch.manual_seed(1)
+    config = {**FLUX_CONFIG, "num_layers": 1, "num_single_layers": 1}
+    return _lively(FluxControlNetModel(in_channels=4, **config))
+
+
+def flux_components(**transformer) -> dict:
+    """What every FLUX pipeline is made of. The VAE keeps the resolution, so a token is 2 x 2 pixels."""
+    transformer = flux_transformer(**transformer)
+    torch.manual_seed(2)
+    tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler(),
+        "vae": AutoencoderKL(
+            sample_size=32,
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=(4,),
+            layers_per_block=1,
+            latent_channels=1,
+            norm_num_groups=1,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            shift_factor=0.0609,
+            scaling_factor=1.5035,
+        ).eval(),
+        "text_encoder": CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=TEXT_WIDTH,
+                intermediate_size=37,
+                num_attention_heads=4,
+                num_hidden_layers=2,
+                projection_dim=TEXT_WIDTH,
+                max_position_embeddings=77,
+                bos_token_id=0,
+                eos_token_id=1,
+                pad_token_id=1,
+            )
+        ).eval(),
+        "tokenizer": tokenizer,
+        "text_encoder_2": T5EncoderModel(T5Config(**_t5(tokenizer_2))).eval(),
+        "tokenizer_2": tokenizer_2,
+        "transformer": transformer,
+    }
+
+
+def flux_pipeline(cls: type = FluxPipeline, *, extra: dict | None = None, **transformer):
+    """A FLUX pipeline of any class; `extra` holds components beyond the usual seven."""
+    return _quiet(cls(**flux_components(**transformer), **(extra or {})))
+
+
+def wan_transformer(seed: int = 0, **changes) -> WanTransformer3DModel:
+    torch.manual_seed(seed)
+    config = dict(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=TEXT_WIDTH,
+        freq_dim=256,
+        ffn_dim=32,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+    return _lively(WanTransformer3DModel(**{**config, **changes}))
+
+
+def wan_pipeline(*, two_stages: bool = False, scheduler=None, **changes) -> WanPipeline:
+    """Wan 2.1, or with `two_stages` Wan 2.2 with a second transformer for the low-noise steps."""
+    transformer = wan_transformer(**changes)
+    torch.manual_seed(2)
+    tokenizer = t5_tokenizer()
+    return _quiet(
+        WanPipeline(
+            tokenizer=tokenizer,
+            text_encoder=UMT5EncoderModel(UMT5Config(**_t5(tokenizer))).eval(),
+            vae=AutoencoderKLWan(
+                base_dim=3,
+                z_dim=16,
+                dim_mult=[1, 1, 1, 1],
+                num_res_blocks=1,
+                temperal_downsample=[False, True, True],
+            ).eval(),
+            scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=7.0),
+            transformer=transformer,
+            transformer_2=wan_transformer(seed=1) if two_stages else None,
+            boundary_ratio=0.875 if two_stages else None,
+        )
+    )
+
+
+def run(pipe, *, steps: int = 3, seed: int = 0, **arguments) -> torch.Tensor:
+    """One call with a fixed seed, returning the latents (the VAE would only hide differences)."""
+    defaults = {"prompt": "a red cube", "output_type": "latent"}
+    if "Flux" in type(pipe).__name__:
+        defaults |= {"height": 32, "width": 48, "max_sequence_length": 48}
+    else:
+        defaults |= {"height": 64, "width": 96, "num_frames": 9, "max_sequence_length": 16}
+    generator = torch.Generator().manual_seed(seed)
+    out = pipe(
+        num_inference_steps=steps,
+        generator=generator,
+        **{**defaults, **arguments},
+        return_dict=False,
+    )
+    return out[0]
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    letters = [*string.ascii_lowercase, *string.digits, ".", ","]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
+    return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=77)
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    pieces += [(c, -3.0) for c in string.ascii_letters + string.digits]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def _t5(tokenizer: T5Tokenizer) -> dict:
+    return dict(
+        vocab_size=len(tokenizer), d_model=TEXT_WIDTH, d_kv=8, d_ff=37, num_layers=2, num_heads=4
+    )
+
+
+def _lively(model):
+    """Random weights of a size at which attention matters and nothing saturates: fresh modulations
+    and output projections are so small that a wrong attention would hardly change the output."""
+    for name, weight in model.named_parameters():
+        if weight.ndim >= 2 and not name.endswith("scale_shift_table"):
+            torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.1)
+    return model.eval()
+
+
+def _quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
