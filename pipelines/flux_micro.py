@@ -1,0 +1,216 @@
+"""The parts of flux-micro: tokenizers, text encoders, VAE and transformer of a stock FluxPipeline.
+
+Everything is built from configurations, nothing is downloaded. One token is 8x8 pixels: the VAE
+shrinks by 4 (three block widths), FLUX packs 2x2 latents into a token.
+"""
+
+from __future__ import annotations
+
+import string
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from visionfuse.shapes import vocabulary
+
+TEXT_WIDTH = 128
+LATENT_CHANNELS = 4
+TOKEN_PIXELS = 8
+CHARACTERS = string.ascii_letters + string.digits + string.punctuation
+
+
+def build(*, width: int = 192, double: int = 2, single: int = 6) -> FluxPipeline:
+    """A complete pipeline with random weights in float32.
+
+    Args:
+        width: transformer width, a multiple of the head size 64.
+        double: number of two-stream blocks.
+        single: number of one-stream blocks.
+    """
+    tokenizer, tokenizer_2 = _clip_tokenizer(), _t5_tokenizer()
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            base_shift=0.5,
+            max_shift=1.15,
+            base_image_seq_len=256,
+            max_image_seq_len=4096,
+        ),
+        vae=_vae(),
+        text_encoder=_clip(tokenizer),
+        tokenizer=tokenizer,
+        text_encoder_2=_t5(tokenizer_2),
+        tokenizer_2=tokenizer_2,
+        transformer=FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=4 * LATENT_CHANNELS,
+            num_layers=double,
+            num_single_layers=single,
+            attention_head_dim=64,
+            num_attention_heads=width // 64,
+            joint_attention_dim=TEXT_WIDTH,
+            pooled_projection_dim=TEXT_WIDTH,
+            guidance_embeds=False,
+            axes_dims_rope=(8, 28, 28),
+        ),
+    )
+    _initialise(pipe.transformer)
+    return pipe
+
+
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Images `[B, 3, H, W]` in 0..1 to normalised packed latents `[B, H/8 * W/8, 16]`."""
+    latents = vae.encode(images * 2 - 1).latent_dist.mode()  # [B, C, H/4, W/4]
+    latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    return FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+def decode(vae: AutoencoderKL, tokens: Tensor, side: int) -> Tensor:
+    """The inverse of `encode` for square pictures: `[B, 3, side, side]` in 0..1."""
+    latents = FluxPipeline._unpack_latents(tokens, side, side, vae_scale_factor=4)
+    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+
+
+def image_ids(side: int, device: torch.device | str) -> Tensor:
+    """Position ids `[tokens, 3]` of a square picture, as FluxPipeline makes them."""
+    tokens = side // TOKEN_PIXELS
+    return FluxPipeline._prepare_latent_image_ids(1, tokens, tokens, device, torch.float32)
+
+
+def _t5_tokenizer() -> T5Tokenizer:
+    """One token per caption word; any other text falls back to characters."""
+    words = [(word if word == "," else "\u2581" + word, -2.0) for word in vocabulary()]
+    letters = [("\u2581", -8.0)] + [(c, -8.0) for c in CHARACTERS if c != ","]
+    specials = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return T5Tokenizer(vocab=specials + words + letters, extra_ids=0, model_max_length=512)
+
+
+def _clip_tokenizer() -> CLIPTokenizer:
+    """Byte-pair merges that spell each caption word from left to right."""
+    merges: list[tuple[str, str]] = []
+    for word in vocabulary():
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        for end in range(1, len(pieces)):
+            merges.append(("".join(pieces[:end]), pieces[end]))
+    merges = list(dict.fromkeys(merges))
+    symbols = ["<|startoftext|>", "<|endoftext|>", *CHARACTERS, *(c + "</w>" for c in CHARACTERS)]
+    symbols += [left + right for left, right in merges]
+    vocab = {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+
+
+def _t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=TEXT_WIDTH,
+        d_kv=32,
+        d_ff=256,
+        num_layers=3,
+        num_heads=4,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config).eval()
+
+
+def _clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        projection_dim=TEXT_WIDTH,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def _vae() -> AutoencoderKL:
+    widths = (16, 32, 48)
+    stages = len(widths)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * stages,
+        up_block_types=("UpDecoderBlock2D",) * stages,
+        block_out_channels=widths,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=LATENT_CHANNELS,
+        sample_size=256,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    ).eval()
+
+
+def _initialise(transformer: FluxTransformer2DModel) -> None:
+    """Start as the identity: zero modulation and output (adaLN-Zero, arXiv:2212.09748)."""
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.Linear):
+            zero = name.endswith(("norm.linear", "norm1.linear", "norm1_context.linear"))
+            if zero or name in ("norm_out.linear", "proj_out"):
+                nn.init.zeros_(module.weight)
+            else:
+                nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias) if module.bias is not None else None
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonalised matrix updates (Jordan 2024), scaled as in arXiv:2502.16982.
+
+    Matrices of one shape are stacked, so a step of a tiny model is a few batched products instead
+    of hundreds of small ones. The update has the root mean square of an AdamW update.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            stacks: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    stacks.setdefault(p.shape, []).append(p)
+            for shape, params in stacks.items():
+                grads = [p.grad for p in params]
+                buffers = [
+                    self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params
+                ]
+                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+                nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
+                update = _orthogonalise(torch.stack(list(nesterov)))
+                scale = -group["lr"] * 0.2 * max(shape) ** 0.5
+                torch._foreach_add_(params, list(update.to(params[0].dtype).unbind(0)), alpha=scale)
+
+
+def _orthogonalise(matrices: Tensor) -> Tensor:
+    """Nearest semi-orthogonal matrices of `[N, rows, columns]` by five Newton-Schulz steps."""
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
