@@ -7,6 +7,7 @@ device; on a CPU it turns sparsity into time, which is what it is for.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -51,20 +52,14 @@ def forward(
         q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32) if return_lse else None
     )
     group = q.shape[2] // k.shape[2]
-    for variant, batch, heads in _heads_by_variant(plan, q.shape[0], q.shape[2]):
-        if heads is None:
-            parts, where = (q, k, v), (batch, slice(None))
-        else:
-            own = heads // group
-            parts, where = (
-                (q[batch][:, :, heads], k[batch][:, :, own], v[batch][:, :, own]),
-                (batch, heads),
-            )
+    for variant, batch, heads in _heads_by_variant(plan, q.shape[2]):
+        kv_heads = heads if isinstance(heads, slice) else heads // group
+        parts = q[batch, :, heads], k[batch, :, kv_heads], v[batch, :, kv_heads]
         for tile in _plan_tiles(plan, variant):
             o, e = _attend(*parts, tile, plan, scale, return_lse)
-            out[where[0], tile.q, where[1]] = o
+            out[batch, tile.q, heads] = o
             if lse is not None:
-                lse[where[0], where[1], tile.q] = e
+                lse[batch, heads, tile.q] = e
     return out, lse
 
 
@@ -104,20 +99,17 @@ def _gather(x: Tensor, slices: list[slice]) -> Tensor:
     return torch.cat([x[:, s] for s in slices], dim=1)
 
 
-def _heads_by_variant(plan: BlockPlan, batch: int, heads: int):
-    """(variant, batch slice, head indices or None for all) in as few groups as the plan allows."""
+def _heads_by_variant(plan: BlockPlan, heads: int):
+    """(variant, batch slice, heads as a slice or indices) in as few groups as the plan allows."""
     if plan.variant is None:
-        yield 0, slice(None), None
+        yield 0, slice(None), slice(None)
         return
     table = plan.variant.tolist()
     for b, row in enumerate(table):
-        where = slice(None) if len(table) == 1 else slice(b, b + 1)
+        batch = slice(None) if len(table) == 1 else slice(b, b + 1)
         for variant in sorted(set(row)):
-            if len(row) == 1:
-                yield variant, where, None
-            else:
-                own = [h for h, value in enumerate(row) if value == variant]
-                yield variant, where, torch.tensor(own, device=plan.device)
+            own = [h for h, value in enumerate(row) if value == variant]
+            yield variant, batch, slice(None) if len(row) == 1 else torch.tensor(own)
 
 
 def _plan_tiles(plan: BlockPlan, variant: int) -> list[_Tile]:
@@ -139,7 +131,7 @@ def _plan_tiles(plan: BlockPlan, variant: int) -> list[_Tile]:
 def _runs(entries) -> list[list[tuple[int, int]]]:
     offset = entries.offset.tolist()
     runs = list(zip(entries.start.tolist(), entries.count.tolist(), strict=True))
-    return [runs[a:b] for a, b in zip(offset, offset[1:], strict=False)]
+    return [runs[a:b] for a, b in itertools.pairwise(offset)]
 
 
 def _merged(runs: list[tuple[int, int]]) -> list[slice]:
