@@ -13,7 +13,7 @@ NATTEN ?= 1
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
 # Two workers share the cores, so a worker gets one thread. Nothing may be downloaded in a test.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 -q
 
@@ -56,9 +56,10 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 
 # NATTEN is a second oracle in the tests. With a GPU it would compile for a long time, and its tests skip
 # themselves where it is missing, so that a failure here stops nothing.
-$(VENV)/installed-dev: $(VENV)/installed
-	@echo "Installing the test tools into $(VENV) ..."
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing torch, diffusers, visionfuse and the test tools into $(VENV) (a few minutes, once) ..."
 	@$(PIP) -e ".[dev]"
+	@touch $(VENV)/installed
 	@if [ "$(NATTEN)" = 1 ] && ! command -v nvidia-smi > /dev/null; then \
 	  $(PIP) --no-build-isolation natten || echo "NATTEN did not install; its tests will be skipped."; fi
 	@touch $@

@@ -5,16 +5,19 @@ python pipelines/flux.py assets/flux-micro "a large red circle" --recipe gna --c
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 
 import visionfuse
 from visionfuse.info import default_device, default_dtype, device_name
+from visionfuse.kernels.plan import Neighborhood, TokenLayout
 from visionfuse.pipelines.compare import (
     AMPLIFY,
     Difference,
@@ -24,19 +27,28 @@ from visionfuse.pipelines.compare import (
     side_by_side,
     timed,
 )
+from visionfuse.recipe import Recipe
+from visionfuse.recipes import build
+from visionfuse.schedule import Phase
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+DEFAULT_LATENTS = 128  # the side of FluxPipeline's default image, in latents
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """One image. None leaves a value to the model's own pipeline, or (dtype, device) to this machine.
 
-    model: a folder or a name on the Hugging Face Hub. options: of the recipe, as for enable_visionfuse.
+    model: a folder or a name on the Hugging Face Hub. recipe: a name, with its options, or a JSON file.
+    impl: the attention implementation, "auto" or a name.
     """
 
     model: str
     prompt: str
     recipe: str = "gna"
     options: dict[str, Any] = field(default_factory=dict)
+    impl: str = "auto"
     height: int | None = None
     width: int | None = None
     steps: int | None = None
@@ -46,6 +58,20 @@ class Request:
     dtype: str | None = None
     device: str | None = None
     offload: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expected:
+    """What a request will run, known from the model's configuration alone."""
+
+    recipe: Recipe
+    layout: TokenLayout
+    head_dim: int
+    phases: tuple[Phase, ...]
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self.layout.segments[-1].shape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,37 +97,90 @@ class Comparison:
         return self.report.density
 
 
-def load(request: Request) -> FluxPipeline:
-    """Raises ValueError for a model that is not there or is no FLUX, an unknown dtype or device."""
-    device = torch.device(request.device) if request.device else default_device()
-    dtype = getattr(torch, request.dtype, None) if request.dtype else default_dtype(device)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"Unknown dtype {request.dtype!r}. Choose bfloat16, float16 or float32.")
+def expect(request: Request) -> Expected:
+    """Check a request before any weight is read: recipe, model, and whether the plan fits the grid.
+
+    Raises ValueError, or OSError where a model cannot be fetched.
+    """
+    recipe = _recipe(request)
     _check_model(request.model)
-    pipe = DiffusionPipeline.from_pretrained(request.model, torch_dtype=dtype)
-    if not isinstance(pipe, FluxPipeline):
+    transformer = FluxTransformer2DModel.load_config(request.model, subfolder="transformer")
+    vae = AutoencoderKL.load_config(request.model, subfolder="vae")
+    defaults = signature(FluxPipeline.__call__).parameters
+    scale = 2 ** len(vae["block_out_channels"])  # the VAE's own factor, and two latents a token
+    pixels = [side or DEFAULT_LATENTS * scale // 2 for side in (request.height, request.width)]
+    for name, side in zip(("height", "width"), pixels, strict=True):
+        if side % scale:
+            raise ValueError(f"{name}={side} is no multiple of {scale}, the pixels of a token.")
+    text = request.max_sequence_length or defaults["max_sequence_length"].default
+    layout = TokenLayout.joint(text=text, grids=[tuple(side // scale for side in pixels)])
+    if isinstance(recipe.plan, Neighborhood):
+        recipe.plan.resolve(layout.segments[-1].shape)
+    return Expected(
+        recipe=recipe,
+        layout=layout,
+        head_dim=transformer["attention_head_dim"],
+        phases=recipe.schedule.phases(request.steps or defaults["num_inference_steps"].default),
+    )
+
+
+def _recipe(request: Request) -> Recipe:
+    if request.recipe.endswith(".json"):
+        if request.options:
+            raise ValueError(
+                f"Options go with a recipe's name; {request.recipe} already holds them, got "
+                f"{', '.join(request.options)}. Edit the file instead."
+            )
+        return Recipe.load(request.recipe)
+    try:
+        return build(request.recipe, **request.options)
+    except TypeError as error:  # an unknown option is the user's mistake, as a wrong value is
+        raise ValueError(str(error)) from error
+
+
+def _check_model(model: str) -> None:
+    if not (Path(model) / "model_index.json").is_file():
+        if Path(model).exists():
+            raise ValueError(
+                f"{model} is not a diffusers pipeline: it has no model_index.json. Name the folder "
+                "that save_pretrained wrote."
+            )
+        if not HUB_NAME.fullmatch(model):
+            raise ValueError(
+                f"There is no folder {model}, and it is no name on the Hugging Face Hub (owner/name)."
+            )
+    config = DiffusionPipeline.load_config(model)
+    if config["_class_name"] != FluxPipeline.__name__:
         raise ValueError(
-            f"{request.model} is a {type(pipe).__name__}; this command runs text-to-image FLUX. "
-            "In Python, pipe.enable_visionfuse() works on other pipelines too."
+            f"{model} is a {config['_class_name']}; this command runs text-to-image FLUX. In Python, "
+            "pipe.enable_visionfuse() works on other pipelines too."
         )
+
+
+def load(request: Request) -> FluxPipeline:
+    """The pipeline on its device. Raises ValueError for an unknown dtype or device."""
+    device = default_device() if request.device is None else _device(request.device)
+    dtype = default_dtype(device) if request.dtype is None else DTYPES.get(request.dtype)
+    if dtype is None:
+        raise ValueError(f"Unknown dtype {request.dtype!r}. Choose one of {', '.join(DTYPES)}.")
+    pipe = FluxPipeline.from_pretrained(request.model, torch_dtype=dtype)
     if request.offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe
     return pipe.to(device)
 
 
-def _check_model(model: str) -> None:
-    if (Path(model) / "model_index.json").is_file():
-        return
-    if Path(model).exists():
-        raise ValueError(
-            f"{model} is not a diffusers pipeline: it has no model_index.json. Name the folder that "
-            "save_pretrained wrote."
-        )
-    if model.count("/") != 1 or model.startswith((".", "/", "~", "assets/")):
-        raise ValueError(
-            f"There is no folder {model}, and it is no name on the Hugging Face Hub (owner/name)."
-        )
+def _device(name: str) -> torch.device:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"The device {name!r} cannot be used here: {reason}") from error
+    return torch.device(name)
+
+
+def enable(pipe: FluxPipeline, request: Request) -> None:
+    pipe.enable_visionfuse(_recipe(request), impl=request.impl)
 
 
 def generate(pipe: FluxPipeline, request: Request, *, steps: int | None = None) -> Image.Image:
@@ -124,12 +203,11 @@ def compare(pipe: FluxPipeline, request: Request, *, repeats: int = 1) -> Compar
 
     Leaves the pipeline as it was, also after an error.
     """
-    # Wrong options fail here, before minutes of work.
-    pipe.enable_visionfuse(request.recipe, **request.options)
+    enable(pipe, request)  # what cannot work fails here, before minutes of stock denoising
     pipe.disable_visionfuse()
 
     stock, stock_seconds = _timed_run(pipe, request, "stock", repeats)
-    pipe.enable_visionfuse(request.recipe, **request.options)
+    enable(pipe, request)
     try:
         fused, fused_seconds = _timed_run(pipe, request, f"visionfuse {request.recipe}", repeats)
         report = visionfuse.report(pipe)

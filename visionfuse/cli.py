@@ -30,7 +30,7 @@ def user_errors() -> Iterator[None]:
     """What a user can put right is one message and exit code 2, not a traceback."""
     try:
         yield
-    except (ValueError, TypeError, OSError, NotImplementedError, ImportError) as error:
+    except (ValueError, OSError, NotImplementedError, ImportError) as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error))}")
         raise typer.Exit(2) from error
 
@@ -94,7 +94,7 @@ def generate(
         str | None, typer.Argument(help="Folder or Hugging Face name; default: the shipped model.")
     ] = None,
     prompt: Annotated[str, typer.Argument()] = PROMPT,
-    recipe: Annotated[str, typer.Option(help="Name of a recipe.")] = "gna",
+    recipe: Annotated[str, typer.Option(help="Name of a recipe, or its JSON file.")] = "gna",
     option: Annotated[
         list[str] | None,
         typer.Option("--option", "-o", help="key=value of the recipe; repeatable."),
@@ -105,6 +105,7 @@ def generate(
     dense_start: Annotated[
         float | None, typer.Option(help="Share of the steps at the start that stays dense.")
     ] = None,
+    impl: Annotated[str, typer.Option(help="Attention implementation.")] = "auto",
     height: Annotated[int | None, typer.Option(help="Pixels.", min=16)] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", min=16)] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
@@ -119,7 +120,9 @@ def generate(
         bool, typer.Option(help="Stock and accelerated side by side, with figures in JSON beside.")
     ] = False,
     repeats: Annotated[int, typer.Option(help="With --compare: median of so many.", min=1)] = 1,
-    dry_run: Annotated[bool, typer.Option(help="Load and check, but generate nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Check, and say what would run; read no weights.")
+    ] = False,
 ) -> None:
     """Generate an image with FLUX, accelerated, or compare it with the stock pipeline."""
     with user_errors():
@@ -131,22 +134,25 @@ def generate(
         from visionfuse.pipelines import flux
 
         request = flux.Request(
-            model=model or _shipped_model(), prompt=prompt, recipe=recipe, options=options,
+            model=model or _shipped_model(), prompt=prompt, recipe=recipe, options=options, impl=impl,
             height=height, width=width, steps=steps, guidance=guidance, seed=seed,
             max_sequence_length=max_sequence_length, dtype=dtype, device=device, offload=offload,
         )  # fmt: skip
+        expected = flux.expect(request)
+        if dry_run:
+            _print_expected(expected, impl)
+            return
         pipe = flux.load(request)
-        if compare and not dry_run:
+        if compare:
             result = flux.compare(pipe, request, repeats=repeats)
             figures = flux.save(result, out)
             _print_comparison(result)
-            console.print(f"Picture: {out}\nFigures: {figures}", soft_wrap=True)
+            console.print(f"Picture: {out}\nFigures: {figures}", soft_wrap=True, highlight=False)
             return
-        pipe.enable_visionfuse(recipe, **options)
-        if not dry_run:
-            flux.generate(pipe, request).save(out)
-        console.print(escape(str(visionfuse.report(pipe))), soft_wrap=True)
-        console.print("Nothing generated (--dry-run)." if dry_run else f"Picture: {out}")
+        flux.enable(pipe, request)
+        flux.generate(pipe, request).save(out)
+        console.print(escape(str(visionfuse.report(pipe))), soft_wrap=True, highlight=False)
+        console.print(f"Picture: {out}", soft_wrap=True, highlight=False)
 
 
 def _check_out(out: Path) -> None:
@@ -162,6 +168,33 @@ def _shipped_model() -> str:
             "repository. Name a folder or a model on the Hugging Face Hub."
         )
     return str(MICRO)
+
+
+def _print_expected(expected, impl: str) -> None:
+    from visionfuse.info import default_device, default_dtype
+    from visionfuse.kernels.attention.api import select_implementation
+    from visionfuse.kernels.plan import plan_attention
+
+    device = default_device()
+    if impl == "auto":
+        impl = select_implementation(device, default_dtype(device), expected.head_dim)[0]
+    made = plan_attention(
+        expected.layout, expected.recipe.plan, order=expected.recipe.order, impl=impl,
+        head_dim=expected.head_dim,
+    )  # fmt: skip
+    table = Table(box=None, show_header=False)
+    table.add_row("recipe", json.dumps(expected.recipe.to_dict()["plan"]))
+    table.add_row("tokens", f"{expected.layout.length}, of them {_times(expected.grid)} image")
+    for phase in expected.phases:
+        table.add_row("", str(phase))
+    table.add_row("density", f"{made.blocks.density:.1%}")
+    table.add_row("visited", f"{made.blocks.visited_density:.1%}, in tiles {_times(made.tile)}")
+    table.add_row("implementation", impl)
+    console.print(table)
+
+
+def _times(shape: tuple[int, ...] | None) -> str:
+    return "x".join(map(str, shape)) if shape else "of rows"
 
 
 def _print_comparison(result) -> None:
@@ -255,7 +288,7 @@ def plan(
     table = Table(box=None, show_header=False)
     for name, value in facts.items():
         if isinstance(value, tuple):
-            value = "x".join(map(str, value))
+            value = _times(value)
         elif isinstance(value, float):
             value = f"{value:.1%}"
         table.add_row(name.replace("_", " "), str(value), f"[dim]{meaning.get(name, '')}[/]")
