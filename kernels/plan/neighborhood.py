@@ -69,8 +69,9 @@ class Neighborhood:
         causal = tuple(bool(c) for c in _per_axis("causal", self.causal, grid))
         if self.density is not None:
             share = self.density ** (1 / sum(n > 1 for n in grid)) if max(grid) > 1 else 1.0
+            # The nearest whole number of strides, so that windows of a stride group end on blocks.
             window = tuple(
-                min(max(-(-round(share * n / d) // s) * s, min(s, n // d), 1), max(n // d, 1))
+                min(max(round(share * n / (d * s)), 1) * s, n // d)
                 for n, s, d in zip(grid, stride, dilation, strict=True)
             )
             stride = tuple(min(s, w) for s, w in zip(stride, window, strict=True))
