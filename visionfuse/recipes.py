@@ -61,13 +61,13 @@ def options_of(name: str) -> list[str]:
 @named("auto")
 def auto() -> Recipe:
     """The fastest attention that is exact: every token meets every other, in the model's format."""
-    return Recipe(plan=Dense(), order=Order(kind="row"))
+    return Recipe(plan=Dense(), order=Order(kind="row"), schedule=Schedule(min_steps=0))
 
 
 @named("dense")
 def dense() -> Recipe:
     """Exact attention. With impl= it runs in an implementation of visionfuse, for comparison."""
-    return Recipe(plan=Dense(), order=Order(kind="row"))
+    return Recipe(plan=Dense(), order=Order(kind="row"), schedule=Schedule(min_steps=0))
 
 
 @named("gna")

@@ -126,7 +126,7 @@ class Routing:
             return
         self.member = backend.install()
         changes.callback(self.route, False)
-        self.site.hooks(self.model, changes)
+        self.site.inside(self.model, changes)
         compiled = getattr(self.outer, "_compiled_call_impl", None)
         if compiled is None:  # plain, or the outside of torch.compile(model)
             before = self.outer.register_forward_pre_hook(

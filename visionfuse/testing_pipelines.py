@@ -7,6 +7,8 @@ image = run(pipe, height=32, width=48)   # a grid of 16 x 24 tokens, 48 tokens o
 from __future__ import annotations
 
 import string
+from contextlib import contextmanager
+from math import prod
 
 import torch
 from diffusers import (
@@ -19,6 +21,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -30,17 +33,20 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from .kernels.plan import Neighborhood, neighborhood_mask
+from .sites import denoisers
+
 TEXT_WIDTH = 32
-FLUX_CONFIG = dict(
-    patch_size=1,
-    num_layers=2,
-    num_single_layers=2,
-    attention_head_dim=16,
-    num_attention_heads=2,
-    joint_attention_dim=TEXT_WIDTH,
-    pooled_projection_dim=TEXT_WIDTH,
-    axes_dims_rope=(4, 4, 8),
-)
+FLUX_CONFIG = {
+    "patch_size": 1,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": TEXT_WIDTH,
+    "pooled_projection_dim": TEXT_WIDTH,
+    "axes_dims_rope": (4, 4, 8),
+}
 
 
 def flux_transformer(**changes) -> FluxTransformer2DModel:
@@ -104,20 +110,20 @@ def flux_pipeline(cls: type = FluxPipeline, *, extra: dict | None = None, **tran
 
 def wan_transformer(seed: int = 0, **changes) -> WanTransformer3DModel:
     torch.manual_seed(seed)
-    config = dict(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=16,
-        out_channels=16,
-        text_dim=TEXT_WIDTH,
-        freq_dim=256,
-        ffn_dim=32,
-        num_layers=2,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=32,
-    )
+    config = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": TEXT_WIDTH,
+        "freq_dim": 256,
+        "ffn_dim": 32,
+        "num_layers": 2,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 32,
+    }
     return _lively(WanTransformer3DModel(**{**config, **changes}))
 
 
@@ -175,9 +181,14 @@ def t5_tokenizer() -> T5Tokenizer:
 
 
 def _t5(tokenizer: T5Tokenizer) -> dict:
-    return dict(
-        vocab_size=len(tokenizer), d_model=TEXT_WIDTH, d_kv=8, d_ff=37, num_layers=2, num_heads=4
-    )
+    return {
+        "vocab_size": len(tokenizer),
+        "d_model": TEXT_WIDTH,
+        "d_kv": 8,
+        "d_ff": 37,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
 
 
 def _lively(model):
@@ -194,3 +205,40 @@ def _lively(model):
 def _quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def explicit_mask(spec: Neighborhood, *, text: int = 0, grids: list[tuple[int, ...]]) -> Tensor:
+    """The rule of a recipe pair by pair, bool [S, S] in the model's own order: everything is visible
+    except what lies in a query's own grid and outside its window."""
+    length = text + sum(prod(grid) for grid in grids)
+    mask = torch.ones(length, length, dtype=torch.bool)
+    start = text
+    for grid in grids:
+        end = start + prod(grid)
+        mask[start:end, start:end] = neighborhood_mask(spec.resolve(grid))
+        start = end
+    return mask
+
+
+@contextmanager
+def masked_attention(pipe, mask: Tensor | None):
+    """Run a stock pipeline with `mask` in all its self-attention layers, by PyTorch's own attention.
+
+    This is what a recipe must equal: no plan, no order, no kernel of ours.
+    """
+
+    def add_mask(module, args, kwargs):
+        if len(args) > 2:  # Wan passes (hidden states, text, mask, rotary tables)
+            return (*args[:2], mask, *args[3:]), kwargs
+        return args, {**kwargs, "attention_mask": mask}
+
+    handles = [
+        layer.register_forward_pre_hook(add_mask, with_kwargs=True)
+        for denoiser in denoisers(pipe)
+        for layer in denoiser.site.layers(denoiser.model)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

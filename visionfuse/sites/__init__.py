@@ -35,7 +35,7 @@ class Site:
     layout: the tokens of this forward from its arguments. `memo` lasts as long as the pipeline call.
     permute: arguments with the grid tokens in a new order; `order` is int64 [S_grid].
     restore: the output with its tokens back in the model's order.
-    hooks: anything that has to happen inside the model, registered for the pipeline call.
+    inside: what has to change inside the model for the pipeline call, with its undoing on the stack.
     """
 
     grid_axes: int
@@ -46,7 +46,7 @@ class Site:
     layout: Callable[[nn.Module, Arguments, dict], TokenLayout | Unsupported]
     permute: Callable[[nn.Module, Arguments, Tensor], Arguments]
     restore: Callable[[nn.Module, Any, Tensor], Any]
-    hooks: Callable[[nn.Module, ExitStack], None] = lambda model, stack: None
+    inside: Callable[[nn.Module, ExitStack], None] = lambda model, stack: None
 
 
 SITES: dict[str, Site] = {}

@@ -31,16 +31,28 @@ def restore(model: nn.Module, output, inverse: Tensor):
     return map_output(output, lambda x: permute_patches(x, model.config.patch_size, inverse))
 
 
-def hooks(model: nn.Module, stack: ExitStack) -> None:
-    stack.callback(model.rope.register_forward_hook(_order_rope).remove)
+def inside(model: nn.Module, stack: ExitStack) -> None:
+    stack.callback(setattr, model, "rope", model.rope)
+    model.rope = OrderedRope(model.rope)
 
 
-def _order_rope(module: nn.Module, args, output: tuple[Tensor, Tensor]):
-    """Rotary tables (1, S, 1, D) follow their tokens: the model computes them from the grid's shape."""
-    order = ACTIVE.grid_permutation
-    if order is None:
-        return output
-    return tuple(table.index_select(1, order) for table in output)
+class OrderedRope(nn.Module):
+    """Rotary tables (1, S, 1, D) that follow their tokens: the model computes them from the grid's shape.
+
+    A module and not a hook, because compiled graphs are guarded by the types of submodules but not
+    by hooks: a graph of the stock model would run on permuted tokens with tables that are not.
+    """
+
+    def __init__(self, rope: nn.Module):
+        super().__init__()
+        self.rope = rope
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        tables = self.rope(hidden_states)
+        order = ACTIVE.grid_permutation
+        if order is None:
+            return tables
+        return tuple(table.index_select(1, order.to(table.device)) for table in tables)
 
 
 def _grid(latent: Tensor, patch: tuple[int, ...]) -> tuple[int, ...]:
@@ -65,5 +77,5 @@ SITES["WanTransformer3DModel"] = Site(
     layout=layout,
     permute=permute,
     restore=restore,
-    hooks=hooks,
+    inside=inside,
 )
