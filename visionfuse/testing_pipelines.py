@@ -224,8 +224,13 @@ def explicit_mask(spec: Neighborhood, *, text: int = 0, grids: list[tuple[int, .
 def masked_attention(pipe, mask: Tensor | None):
     """Run a stock pipeline with `mask` in all its self-attention layers, by PyTorch's own attention.
 
-    This is what a recipe must equal: no plan, no order, no kernel of ours.
+    This is what a recipe must equal: no plan, no order, no kernel of ours. Yields a function that
+    replaces the mask, for schedules.
     """
+
+    def replace(new: Tensor | None) -> None:
+        nonlocal mask
+        mask = new
 
     def add_mask(module, args, kwargs):
         if len(args) > 2:  # Wan passes (hidden states, text, mask, rotary tables)
@@ -238,7 +243,7 @@ def masked_attention(pipe, mask: Tensor | None):
         for layer in denoiser.site.layers(denoiser.model)
     ]
     try:
-        yield
+        yield replace
     finally:
         for handle in handles:
             handle.remove()
