@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -15,19 +14,17 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 AMPLIFY = 4  # the third panel shows |a - b| times this
+MIN_PANEL = 384  # pixels
 
 
-def timed(call: Callable[[], Any], repeats: int = 1) -> tuple[Any, float]:
-    """The last result and the median wall time in seconds.
+def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    """The result and the wall time in seconds.
 
     `call` must return on the host (a PIL image does), so that no work is left on the device.
     """
-    seconds, result = [], None
-    for _ in range(repeats):
-        start = perf_counter()
-        result = call()
-        seconds.append(perf_counter() - start)
-    return result, median(seconds)
+    start = perf_counter()
+    result = call()
+    return result, perf_counter() - start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,9 +73,13 @@ def amplified_difference(a: Image.Image, b: Image.Image, factor: int = AMPLIFY) 
 
 
 def side_by_side(panels: list[tuple[str, str, Image.Image]], footer: str) -> Image.Image:
-    """Panels (title, line below it, image) of one size in a row, each with its caption, and a footer."""
-    width, height = panels[0][2].size
-    gap, scale = 12, max(width / 512, 0.5)
+    """Panels (title, line below it, image) of one size in a row, each with its caption, and a footer.
+
+    Small images are enlarged, so that the captions fit.
+    """
+    enlarge = -(-MIN_PANEL // panels[0][2].width)
+    width, height = (side * enlarge for side in panels[0][2].size)
+    gap, scale = 12, width / 512
     title = ImageFont.load_default(round(24 * scale))
     text = ImageFont.load_default(round(17 * scale))
     head, foot = round(70 * scale), round(40 * scale)
@@ -88,9 +89,10 @@ def side_by_side(panels: list[tuple[str, str, Image.Image]], footer: str) -> Ima
     draw = ImageDraw.Draw(sheet)
     for i, (name, line, image) in enumerate(panels):
         x = gap + i * (width + gap)
-        draw.text((x, round(8 * scale)), name, font=title, fill=(20, 20, 20))
-        draw.text((x, round(40 * scale)), line, font=text, fill=(90, 90, 90))
-        sheet.paste(image.convert("RGB"), (x, head))
+        draw.text((x, round(8 * scale)), _fit(name, title, width), font=title, fill=(20, 20, 20))
+        draw.text((x, round(40 * scale)), _fit(line, text, width), font=text, fill=(90, 90, 90))
+        panel = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(panel, (x, head))
         draw.rectangle((x - 1, head - 1, x + width, head + height), outline=(200, 200, 200))
     draw.text((gap, head + height + round(9 * scale)), _fit(footer, text, sheet.width - 2 * gap),
               font=text, fill=(90, 90, 90))  # fmt: skip

@@ -6,9 +6,12 @@ python pipelines/flux.py assets/flux-micro "a large red circle" --recipe gna --c
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -29,6 +32,7 @@ from visionfuse.pipelines.compare import (
 )
 from visionfuse.recipe import Recipe
 from visionfuse.recipes import build
+from visionfuse.reporting import Report
 from visionfuse.schedule import Phase
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -84,9 +88,10 @@ class Comparison:
     stock_seconds: float
     fused_seconds: float
     change: Difference
-    report: Any
+    report: Report
     device: str
     dtype: str
+    steps: int
 
     @property
     def speedup(self) -> float:
@@ -94,7 +99,14 @@ class Comparison:
 
     @property
     def density(self) -> float | None:
-        return self.report.density
+        """Of the steps that follow the plan; None if none did."""
+        return self.report.denoisers[0].density if self.report.denoisers else None
+
+    @property
+    def planned_steps(self) -> int:
+        if self.density is None or self.report.recipe is None:
+            return 0
+        return self.steps - self.report.recipe.schedule.first_step(self.steps)
 
 
 def expect(request: Request) -> Expected:
@@ -163,7 +175,7 @@ def load(request: Request) -> FluxPipeline:
     dtype = default_dtype(device) if request.dtype is None else DTYPES.get(request.dtype)
     if dtype is None:
         raise ValueError(f"Unknown dtype {request.dtype!r}. Choose one of {', '.join(DTYPES)}.")
-    pipe = FluxPipeline.from_pretrained(request.model, torch_dtype=dtype)
+    pipe = FluxPipeline.from_pretrained(request.model, dtype=dtype)
     if request.offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe
@@ -183,6 +195,15 @@ def enable(pipe: FluxPipeline, request: Request) -> None:
     pipe.enable_visionfuse(_recipe(request), impl=request.impl)
 
 
+@contextmanager
+def enabled(pipe: FluxPipeline, request: Request) -> Iterator[None]:
+    enable(pipe, request)
+    try:
+        yield
+    finally:
+        pipe.disable_visionfuse()
+
+
 def generate(pipe: FluxPipeline, request: Request, *, steps: int | None = None) -> Image.Image:
     """One image with the pipeline as it is. `steps` overrides the request's, for warm-ups."""
     given = {
@@ -199,50 +220,47 @@ def generate(pipe: FluxPipeline, request: Request, *, steps: int | None = None) 
 
 
 def compare(pipe: FluxPipeline, request: Request, *, repeats: int = 1) -> Comparison:
-    """The same prompt and seed stock and with the recipe, each after a warm-up of one step.
+    """The same prompt and seed stock and with the recipe; medians of `repeats` runs, taken in turns.
 
-    Leaves the pipeline as it was, also after an error.
+    Both have a warm-up of one step. Leaves the pipeline as it was, also after an error.
     """
-    enable(pipe, request)  # what cannot work fails here, before minutes of stock denoising
-    pipe.disable_visionfuse()
+    with enabled(pipe, request):  # what cannot work fails here, before minutes of stock denoising
+        pipe.set_progress_bar_config(disable=True)
+        generate(pipe, request, steps=1)
+    generate(pipe, request, steps=1)
 
-    stock, stock_seconds = _timed_run(pipe, request, "stock", repeats)
-    enable(pipe, request)
-    try:
-        fused, fused_seconds = _timed_run(pipe, request, f"visionfuse {request.recipe}", repeats)
-        report = visionfuse.report(pipe)
-    finally:
-        pipe.disable_visionfuse()
-    device = pipe._execution_device
+    stock_seconds, fused_seconds = [], []
+    for _ in range(repeats):
+        pipe.set_progress_bar_config(disable=False, desc="stock")
+        stock, seconds = timed(lambda: generate(pipe, request))
+        stock_seconds.append(seconds)
+        pipe.set_progress_bar_config(disable=False, desc=f"visionfuse {request.recipe}")
+        with enabled(pipe, request):
+            fused, seconds = timed(lambda: generate(pipe, request))
+            report = visionfuse.report(pipe)
+        fused_seconds.append(seconds)
     return Comparison(
         request=request,
         stock=stock,
         fused=fused,
-        stock_seconds=stock_seconds,
-        fused_seconds=fused_seconds,
+        stock_seconds=median(stock_seconds),
+        fused_seconds=median(fused_seconds),
         change=difference(stock, fused),
         report=report,
-        device=device_name(device),
+        device=device_name(pipe._execution_device),
         dtype=str(pipe.transformer.dtype).removeprefix("torch."),
+        steps=len(pipe.scheduler.timesteps),
     )
-
-
-def _timed_run(pipe, request: Request, name: str, repeats: int) -> tuple[Image.Image, float]:
-    pipe.set_progress_bar_config(disable=True)
-    generate(pipe, request, steps=1)
-    pipe.set_progress_bar_config(disable=False, desc=name)
-    return timed(lambda: generate(pipe, request), repeats)
 
 
 def picture(result: Comparison) -> Image.Image:
     """stock | visionfuse | amplified difference, with the figures as captions."""
     change, request = result.change, result.request
-    density = "" if result.density is None else f", density {result.density:.0%}"
     panels = [
         ("stock", f"{result.stock_seconds:.2f} s", result.stock),
         (
             f"visionfuse {request.recipe}",
-            f"{result.fused_seconds:.2f} s, {result.speedup:.2f}x{density}",
+            f"{result.fused_seconds:.2f} s, {result.speedup:.2f}x, {density_line(result)}",
             result.fused,
         ),
         (
@@ -253,6 +271,12 @@ def picture(result: Comparison) -> Image.Image:
     ]
     footer = f"“{request.prompt}”, seed {request.seed}, {result.device}, {result.dtype}"
     return side_by_side(panels, footer)
+
+
+def density_line(result: Comparison) -> str:
+    if result.density is None:
+        return "the model's own attention"
+    return f"density {result.density:.0%} in {result.planned_steps} of {result.steps} steps"
 
 
 def metrics(result: Comparison) -> dict[str, Any]:
@@ -266,7 +290,8 @@ def metrics(result: Comparison) -> dict[str, Any]:
         "seed": request.seed,
         "width": result.stock.width,
         "height": result.stock.height,
-        "steps": request.steps,
+        "steps": result.steps,
+        "planned_steps": result.planned_steps,
         "device": result.device,
         "dtype": result.dtype,
         "stock_s": round(result.stock_seconds, 4),

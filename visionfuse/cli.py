@@ -207,6 +207,7 @@ def _print_comparison(result) -> None:
     table.add_row("speed-up", "1.00x", f"{result.speedup:.2f}x")
     if result.density is not None:
         table.add_row("density", "100%", f"{result.density:.1%}")
+        table.add_row("steps", f"{result.steps}", f"{result.planned_steps} of them at that density")
     table.add_section()
     table.add_row("PSNR", "", f"{change.psnr:.1f} dB")
     table.add_row("SSIM", "", f"{change.ssim:.4f}")
