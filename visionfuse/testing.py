@@ -1,0 +1,248 @@
+"""What tests of kernels share: error budgets, poisoned memory, arbitrary plans, compilation without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from .kernels.plan.block_plan import BitMask, BlockPlan, Entries, IntervalMask
+
+# Error budgets -----------------------------------------------------------------------------------
+
+
+def plan_mask(plan: BlockPlan, batch: int, heads: int) -> Tensor:
+    """The visible pairs of every batch entry and head: bool [B, H, Sq, Sk]."""
+    masks = torch.stack([plan.dense_mask(v) for v in range(plan.variants)])
+    if plan.variant is None:
+        return masks[:1, None].expand(batch, heads, -1, -1)
+    return masks[plan.variant.expand(batch, heads).long()]
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, *, accumulate: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Dense masked attention that multiplies in q's dtype and sums in `accumulate`.
+
+    q [B, Sq, H, D], k and v [B, Sk, Hk, D], mask [B, H, Sq, Sk] -> out in q's dtype, lse [B, H, Sq].
+    With accumulate=float64 and inputs in float64 this is the exact result; with 16-bit inputs and
+    float32 it is what a careful dense kernel computes: the weights are rounded to q's dtype.
+    """
+    low, group = q.dtype, q.shape[2] // k.shape[2]
+    q, k, v = (x.to(accumulate).transpose(1, 2) for x in (q, k, v))
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
+    top = scores.amax(-1, keepdim=True)
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    weights = (scores - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    out = weights.to(low).to(accumulate) @ v / total.masked_fill(total == 0, 1.0)
+    return out.transpose(1, 2).to(low), (top + total.log())[..., 0]
+
+
+def assert_within_budget(actual: Tensor, exact: Tensor, low: Tensor, *, what: str = "out") -> None:
+    """Worst error of `actual` at most twice that of `low`, the low-precision twin, plus two ulp.
+
+    Infinities must agree exactly, and nothing may be NaN.
+    """
+    assert not actual.isnan().any(), f"{what} has {int(actual.isnan().sum())} NaN"
+    finite = exact.isfinite()
+    assert torch.equal(finite, actual.isfinite()), f"{what}: infinities differ from the reference"
+    if not finite.any():
+        return
+    exact, low, got = exact[finite].double(), low[finite].double(), actual[finite].double()
+    ulp = torch.finfo(actual.dtype).eps * exact.abs().max()
+    budget = 2 * (low - exact).abs().max() + 2 * ulp
+    worst = (got - exact).abs().max()
+    assert worst <= budget, f"{what}: error {worst:.3g}, the budget is {budget:.3g}"
+
+
+def check_attention(forward, q, k, v, plan: BlockPlan, scale: float) -> None:
+    """Compare `forward(q, k, v, plan, scale, return_lse)` with the exact result, NaN in fresh memory."""
+    mask = plan_mask(plan, q.shape[0], q.shape[2])
+    exact = dense_attention(
+        q.double(), k.double(), v.double(), mask, scale, accumulate=torch.float64
+    )
+    low = dense_attention(q, k, v, mask, scale, accumulate=torch.float32)
+    with poisoned_memory():
+        out, lse = forward(q, k, v, plan, scale, True)
+        alone, nothing = forward(q, k, v, plan, scale, False)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    assert (lse.shape, lse.dtype) == ((q.shape[0], q.shape[2], q.shape[1]), torch.float32)
+    assert_within_budget(out, exact[0], low[0])
+    assert_within_budget(lse, exact[1], low[1], what="lse")
+    assert nothing is None
+    assert torch.equal(out, alone), "the output depends on whether the lse is asked for"
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Every torch.empty in the block holds NaN (or the largest integer), so that gaps show."""
+
+    def poison(x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            return x.fill_(torch.nan)
+        return x if x.dtype in (torch.bool, torch.uint8) else x.fill_(torch.iinfo(x.dtype).max)
+
+    def poisoned(allocate):
+        return lambda *args, **kwargs: poison(allocate(*args, **kwargs))
+
+    with (
+        mock.patch.object(torch, "empty", poisoned(torch.empty)),
+        mock.patch.object(torch, "empty_like", poisoned(torch.empty_like)),
+        mock.patch.object(Tensor, "new_empty", poisoned(Tensor.new_empty)),
+    ):
+        yield
+
+
+# Plans that no planner would make ------------------------------------------------------------------
+
+
+def random_plan(
+    seed: int,
+    *,
+    length_q: int,
+    length_k: int,
+    block_q: int,
+    block_k: int,
+    kind: str = "intervals",
+    axes: int = 2,
+    tables: int = 1,
+    variants: int = 1,
+    ragged: bool = True,
+    full: float = 0.3,
+    partial: float = 0.3,
+    device: torch.device | str = "cpu",
+) -> BlockPlan:
+    """A plan with random cuts, lists and masks.
+
+    kind: "intervals" or "bits". ragged: tiles and entries end anywhere, else only at whole blocks.
+    full, partial: the shares of all key runs in either list; the rest is not visited.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def integers(low: int, high: int, shape: tuple[int, ...]) -> Tensor:
+        return torch.randint(low, high, shape, generator=g, dtype=torch.int32)
+
+    def cut(length: int, block: int) -> tuple[list[int], list[int]]:
+        starts, counts, at = [], [], 0
+        while at < length:
+            count = int(integers(1, block + 1, (1,))) if ragged else block
+            starts.append(at)
+            counts.append(min(count, length - at))
+            at += counts[-1]
+        return starts, counts
+
+    q_start, q_count = cut(length_q, block_q)
+    lists = {name: ([0], [], []) for name in ("full", "partial")}  # offset, start, count
+    for _ in range(variants * len(q_start)):
+        for start, count in zip(*cut(length_k, block_k), strict=True):
+            draw = float(torch.rand((), generator=g))
+            if draw < full + partial:
+                entries = lists["full" if draw < full else "partial"]
+                entries[1].append(start)
+                entries[2].append(count)
+        for offset, start, _ in lists.values():
+            offset.append(len(start))
+    n = len(lists["partial"][1])
+    mask = None
+    if n and kind == "intervals":
+        lo = integers(-1, 5, (tables, axes, length_q))
+        mask = IntervalMask(
+            lo=lo,
+            hi=lo + integers(0, 6, (tables, axes, length_q)),
+            coord=integers(0, 6, (axes, length_k)),
+            table=integers(0, tables, (n,)),
+        )
+    elif n:
+        words = (n, block_q, -(-block_k // 32))
+        mask = BitMask(
+            bits=integers(-(2**31), 2**31 - 1, words) & integers(-(2**31), 2**31 - 1, words)
+        )
+    variant = None
+    if variants > 1:
+        variant = torch.arange(variants, dtype=torch.int32)[None]  # one for every head
+
+    def entries_of(name: str) -> Entries:
+        offset, start, count = (torch.tensor(x, dtype=torch.int32) for x in lists[name])
+        return Entries(offset=offset, start=start, count=count)
+
+    plan = BlockPlan(
+        length_q=length_q, length_k=length_k, block_q=block_q, block_k=block_k,
+        q_start=torch.tensor(q_start, dtype=torch.int32),
+        q_count=torch.tensor(q_count, dtype=torch.int32),
+        full=entries_of("full"), partial=entries_of("partial"),
+        mask=mask, variant=variant, variants=variants,
+    )  # fmt: skip
+    return plan.to(device)
+
+
+# Compilation for a GPU that is not there -----------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelReport:
+    """registers, spills (bytes stored) are None where no assembler tells (AMD)."""
+
+    shared: int
+    registers: int | None
+    spills: int | None
+    assembly: str
+
+
+@contextmanager
+def compile_target(backend: str, arch: int | str) -> Iterator[None]:
+    """Inside, `kernel.warmup(...)` of Triton compiles for this GPU, which need not be there.
+
+    backend "cuda" with arch 80, 90, ...; "hip" with "gfx942", ...
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    target = GPUTarget(backend, arch, 64 if str(arch).startswith("gfx9") else 32)
+    stand_in = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: f"{backend}:{arch}",  # kernels are cached by it
+        get_current_stream=lambda device=None: 0,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
+    with mock.patch.object(driver, "_active", stand_in):
+        yield
+
+
+def kernel_report(kernel) -> KernelReport:
+    """What a compiled Triton kernel needs; ptxas is the one that Triton brings along."""
+    if "amdgcn" in kernel.asm:
+        return KernelReport(
+            shared=kernel.metadata.shared,
+            registers=None,
+            spills=None,
+            assembly=kernel.asm["amdgcn"],
+        )
+    import triton
+
+    ptxas = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
+    arch = re.search(r"\.target (sm_\w+)", kernel.asm["ptx"])[1]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(kernel.asm["ptx"])
+        log = subprocess.run(
+            [ptxas, "-v", f"--gpu-name={arch}", str(source), "-o", str(source.with_suffix(".cubin"))],
+            capture_output=True, text=True, check=True,
+        ).stderr  # fmt: skip
+    return KernelReport(
+        shared=kernel.metadata.shared,
+        registers=int(re.search(r"Used (\d+) registers", log)[1]),
+        spills=int(re.search(r"(\d+) bytes spill stores", log)[1]),
+        assembly=kernel.asm["ptx"],
+    )
