@@ -22,8 +22,8 @@ PROMPT := a large red circle above a small blue square on a white background
 .PHONY: demo test test-all lint bench-cpu clean
 
 demo: $(VENV)/installed
-	$(BIN)/visionfuse generate assets/flux-micro "$(PROMPT)" --recipe gna --height 512 --width 512 \
-	  --dtype float32 --compare --out demo.png
+	$(BIN)/visionfuse generate assets/flux-micro "$(PROMPT)" --recipe gna --height 512 --width 512 --steps 20 \
+	  --max-sequence-length 64 --dtype float32 --device cpu --compare --out demo.png
 
 test: lint
 	$(PYTEST) -m "not slow"
@@ -40,7 +40,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/pyright
 
 bench-cpu: $(VENV)/installed
-	$(BIN)/python -m visionfuse.bench.attention
+	$(BIN)/python -m visionfuse.bench.attention --device cpu
 	$(BIN)/python -m visionfuse.bench.readme
 
 # The virtual environment. Debian without python3-venv has pip but no ensurepip: pip then installs pip.

@@ -18,7 +18,6 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 
-import visionfuse
 from visionfuse.info import default_device, default_dtype, device_name
 from visionfuse.kernels.plan import Neighborhood, TokenLayout
 from visionfuse.pipelines.compare import (
@@ -32,7 +31,7 @@ from visionfuse.pipelines.compare import (
 )
 from visionfuse.recipe import Recipe
 from visionfuse.recipes import build
-from visionfuse.reporting import Report
+from visionfuse.reporting import Report, report
 from visionfuse.schedule import Phase
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -237,7 +236,7 @@ def compare(pipe: FluxPipeline, request: Request, *, repeats: int = 1) -> Compar
         pipe.set_progress_bar_config(disable=False, desc=f"visionfuse {request.recipe}")
         with enabled(pipe, request):
             fused, seconds = timed(lambda: generate(pipe, request))
-            report = visionfuse.report(pipe)
+            said = report(pipe)
         fused_seconds.append(seconds)
     return Comparison(
         request=request,
@@ -246,7 +245,7 @@ def compare(pipe: FluxPipeline, request: Request, *, repeats: int = 1) -> Compar
         stock_seconds=median(stock_seconds),
         fused_seconds=median(fused_seconds),
         change=difference(stock, fused),
-        report=report,
+        report=said,
         device=device_name(pipe._execution_device),
         dtype=str(pipe.transformer.dtype).removeprefix("torch."),
         steps=len(pipe.scheduler.timesteps),

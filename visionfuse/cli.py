@@ -130,8 +130,8 @@ def generate(
             option or [], window=window, stride=stride, density=density, dense_start=dense_start
         )
         _check_out(out)
-        import visionfuse
         from visionfuse.pipelines import flux
+        from visionfuse.reporting import report
 
         request = flux.Request(
             model=model or _shipped_model(), prompt=prompt, recipe=recipe, options=options, impl=impl,
@@ -151,7 +151,7 @@ def generate(
             return
         flux.enable(pipe, request)
         flux.generate(pipe, request).save(out)
-        console.print(escape(str(visionfuse.report(pipe))), soft_wrap=True, highlight=False)
+        console.print(escape(str(report(pipe))), soft_wrap=True, highlight=False)
         console.print(f"Picture: {out}", soft_wrap=True, highlight=False)
 
 
