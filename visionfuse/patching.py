@@ -28,17 +28,22 @@ class Enabled:
 
     def __init__(self, pipe: Any, recipe: Recipe, impl: str):
         self.recipe, self.impl, self.pipe_class = recipe, impl, type(pipe)
+        self._start()
+
+    def _start(self) -> None:
         self.ran: dict[str, Ran] = {}
         _ENABLED.add(self)
+        _wrap_call(self.pipe_class)
+        # A pipeline may also be dropped without disable_visionfuse.
+        weakref.finalize(self, _unwrap_call, self.pipe_class).atexit = False
 
     def __getstate__(self) -> dict:
         return {"recipe": self.recipe.to_dict(), "impl": self.impl, "pipe_class": self.pipe_class}
 
     def __setstate__(self, state: dict) -> None:
         self.recipe, self.impl = Recipe.from_dict(state["recipe"]), state["impl"]
-        self.pipe_class, self.ran = state["pipe_class"], {}
-        _ENABLED.add(self)
-        _wrap_call(self.pipe_class)
+        self.pipe_class = state["pipe_class"]
+        self._start()
 
     @property
     def changes_attention(self) -> bool:
@@ -66,7 +71,6 @@ def enable_visionfuse(
     vars(pipe)[_KEY] = Enabled(pipe, recipe, impl)
     if before is not None:
         _ENABLED.discard(before)
-    _wrap_call(type(pipe))
 
 
 def disable_visionfuse(pipe: Any) -> None:

@@ -17,15 +17,20 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
     FluxPipeline,
+    FluxPriorReduxPipeline,
     FluxTransformer2DModel,
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -247,3 +252,41 @@ def masked_attention(pipe, mask: Tensor | None):
     finally:
         for handle in handles:
             handle.remove()
+
+
+def ip_adapter_weights(transformer: FluxTransformer2DModel) -> dict:
+    """The state dict of an IP-Adapter for this transformer, with 4 image tokens."""
+    torch.manual_seed(4)
+    width, inner = transformer.config.joint_attention_dim, transformer.inner_dim
+    layers = {}
+    for i in range(len(transformer.transformer_blocks)):
+        for name in ("to_k_ip", "to_v_ip"):
+            layers[f"{i}.{name}.weight"] = torch.randn(inner, width) * width**-0.5
+            layers[f"{i}.{name}.bias"] = torch.randn(inner) * 0.1
+    projection = {
+        "proj.weight": torch.randn(4 * width, TEXT_WIDTH) * TEXT_WIDTH**-0.5,
+        "proj.bias": torch.zeros(4 * width),
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+    return {"image_proj": projection, "ip_adapter": layers}
+
+
+def redux_pipeline() -> FluxPriorReduxPipeline:
+    """Turns an image of 16 x 16 into 4 tokens after 512 tokens of text."""
+    text = {k: v for k, v in flux_components().items() if "text" in k or "token" in k}
+    torch.manual_seed(5)
+    vision = SiglipVisionConfig(
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=37,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+    )
+    return FluxPriorReduxPipeline(
+        image_encoder=SiglipVisionModel(vision).eval(),
+        feature_extractor=SiglipImageProcessor(size={"height": 16, "width": 16}),
+        image_embedder=ReduxImageEncoder(redux_dim=TEXT_WIDTH, txt_in_features=TEXT_WIDTH),
+        **text,
+    )
