@@ -23,7 +23,7 @@ PROMPT := a large red circle above a small blue square on a white background
 
 demo: $(VENV)/installed
 	$(BIN)/visionfuse generate assets/flux-micro "$(PROMPT)" --recipe gna --height 512 --width 512 --steps 20 \
-	  --max-sequence-length 64 --dtype float32 --device cpu --compare --out demo.png
+	  --max-sequence-length 64 --dtype float32 --device cpu --compare --repeats 3 --out demo.png
 
 test: lint
 	$(PYTEST) -m "not slow"

@@ -40,6 +40,10 @@ class Difference:
     mean: float
     largest: int
 
+    @property
+    def psnr_text(self) -> str:
+        return f"{self.psnr:.1f} dB" if self.largest else "infinite (equal images)"
+
 
 def difference(a: Image.Image, b: Image.Image) -> Difference:
     """Raises ValueError for images of different sizes."""

@@ -264,7 +264,7 @@ def picture(result: Comparison) -> Image.Image:
         ),
         (
             f"difference x{AMPLIFY}",
-            f"PSNR {change.psnr:.1f} dB, SSIM {change.ssim:.3f}",
+            f"PSNR {change.psnr_text}, SSIM {change.ssim:.3f}",
             amplified_difference(result.stock, result.fused),
         ),
     ]

@@ -209,7 +209,7 @@ def _print_comparison(result) -> None:
         table.add_row("density", "100%", f"{result.density:.1%}")
         table.add_row("steps", f"{result.steps}", f"{result.planned_steps} of them at that density")
     table.add_section()
-    table.add_row("PSNR", "", f"{change.psnr:.1f} dB")
+    table.add_row("PSNR", "", change.psnr_text)
     table.add_row("SSIM", "", f"{change.ssim:.4f}")
     table.add_row("mean difference", "", f"{change.mean:.2f} of 255")
     console.print(table)
