@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import visionfuse
 from visionfuse import cli
+from visionfuse.kernels.attention import implementations
 from visionfuse.pipelines import compare
 from visionfuse.testing_pipelines import flux_pipeline, wan_pipeline
 
@@ -71,7 +72,7 @@ def test_every_command_has_help(command):
 
 def test_info():
     facts = json.loads(run("info", "--json").stdout)
-    assert set(facts["attention"]) == {"reference", "blocks", "flex", "triton"}
+    assert set(facts["attention"]) == set(implementations())
     assert facts["attention"]["blocks"] == {"runs": True, "reasons": []}
     for state in facts["attention"].values():
         assert state["runs"] == (not state["reasons"])
