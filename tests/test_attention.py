@@ -163,14 +163,12 @@ def test_auto_chooses_and_says_why():
 
 def test_named_implementation_raises_with_its_reasons():
     plan, _ = small_plan()
-    q, k, v = inputs(plan.blocks)
-    assert "triton" in implementations()
-    if not torch.cuda.is_available():
-        reasons = unsupported_reasons("triton", q, k, v, plan.blocks)
-        assert reasons
-        with pytest.raises(UnsupportedError, match="cannot run here") as error:
-            block_sparse_attention(q, k, v, plan.blocks, impl="triton")
-        assert all(reason in str(error.value) for reason in reasons)
+    q, k, v = inputs(plan.blocks, dim=300, dtype=torch.float64)
+    reasons = unsupported_reasons("triton", q, k, v, plan.blocks)
+    assert len(reasons) >= 2 and "triton" in implementations()
+    with pytest.raises(UnsupportedError, match="cannot run here") as error:
+        block_sparse_attention(q, k, v, plan.blocks, impl="triton")
+    assert all(reason in str(error.value) for reason in reasons)
 
 
 def test_bad_inputs_are_refused():

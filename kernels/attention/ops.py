@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..plan.block_plan import BlockPlan
 
-IMPLEMENTATIONS = ("reference", "blocks", "flex", "triton")
+IMPLEMENTATIONS = ("reference", "blocks", "flex", "triton", "gluon_sm90")
 _MODULES = {"triton": "triton_forward"}
 
 

@@ -54,6 +54,8 @@ def block_shape(impl: str, head_dim: int) -> BlockShape:
         )
     if impl == "flex":
         return BlockShape(block_q=128, block_k=128, padded=True, partial=0.5, tile=4096)
+    if impl == "gluon_sm90":
+        return BlockShape(block_q=192, block_k=128, padded=True, partial=0.35, tile=24576)
     # Masking a block of 128 x 64 costs a third of multiplying it; a tile's prologue and epilogue
     # about half a block.
     return BlockShape(
