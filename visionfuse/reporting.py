@@ -67,7 +67,7 @@ class DenoiserReport:
         if self.impl is not None:
             yield "implementation", self.impl
         for reason in self.impl_reasons:
-            yield "not faster because", reason
+            yield "not chosen", reason
         if any(self.calls.values()):
             counts = ", ".join(f"{n} {kind}" for kind, n in self.calls.items())
             yield "forwards so far", counts

@@ -54,6 +54,7 @@ class Session:
     def __init__(self, pipe: Any, recipe: Recipe, impl: str, ran: dict[str, Ran]):
         self.pipe, self.recipe, self.impl, self.ran = pipe, recipe, impl, ran
         self.changes: ExitStack | None = None
+        self.routings: list[Routing] = []
 
     def __enter__(self) -> Session:
         LOCK.acquire()
@@ -83,9 +84,12 @@ class Session:
             return
         with ExitStack() as changes:
             changes.callback(ACTIVE.clear)
-            for denoiser in denoisers(self.pipe):
-                run = self.ran.setdefault(denoiser.name, Ran())
-                Routing(denoiser, self, run).attach(changes)
+            self.routings = [
+                Routing(denoiser, self, self.ran.setdefault(denoiser.name, Ran()))
+                for denoiser in denoisers(self.pipe)
+            ]
+            for routing in self.routings:
+                routing.attach(changes)
             self.changes = changes.pop_all()
 
     def detach(self) -> None:
