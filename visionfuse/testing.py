@@ -192,11 +192,15 @@ def random_plan(
 
 @dataclass(frozen=True, kw_only=True)
 class KernelReport:
-    """registers, spills (bytes stored) are None where no assembler tells (AMD)."""
+    """registers, spills (bytes stored) are None where no assembler tells (AMD).
+
+    serialized: the assembler gave up overlapping wgmma with other work.
+    """
 
     shared: int
     registers: int | None
     spills: int | None
+    serialized: bool = False
     assembly: str
 
 
@@ -241,6 +245,7 @@ def kernel_report(kernel) -> KernelReport:
             capture_output=True, text=True, check=True,
         ).stderr  # fmt: skip
     return KernelReport(
+        serialized="serialized" in log,
         shared=kernel.metadata.shared,
         registers=int(re.search(r"Used (\d+) registers", log)[1]),
         spills=int(re.search(r"(\d+) bytes spill stores", log)[1]),

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan.block_plan import BlockPlan
-from .prepared import PackedBits, PackedIntervals, prepare
+from .prepared import PackedBits, PreparedPlan, prepare
 
 MAX_HEAD_DIM = 256
 MAX_BLOCK = 256
@@ -90,7 +90,7 @@ def launch(q, k, v, out, lse, plan: BlockPlan, scale: float) -> tuple[tuple, tup
     sides = zip(("BM", "BN", "BD"), (plan.block_q, plan.block_k, head_dim), strict=True)
     block = {name: max(16, triton.next_power_of_2(side)) for name, side in sides}
     ready = prepare(plan, width=block["BN"])
-    visible = {PackedIntervals: _in_intervals, PackedBits: _in_bits}.get(type(ready.mask))
+    rows, visible = _policies(ready)
     variant_strides = (0, 0)
     if plan.variant is not None:
         b, h = plan.variant.shape
@@ -103,7 +103,7 @@ def launch(q, k, v, out, lse, plan: BlockPlan, scale: float) -> tuple[tuple, tup
         plan.partial.offset, plan.partial.start, plan.partial.count, ready.mask,
         plan.length_q, heads, heads // k.shape[2], plan.tiles, ready.heavy, scale / math.log(2.0),
     )  # fmt: skip
-    options = {"D": head_dim, **block, "VISIBLE": visible, "WORDS": ready.words}
+    options = {"D": head_dim, **block, "ROWS": rows, "VISIBLE": visible, "WORDS": ready.words}
     return (plan.tiles * batch * heads,), arguments, options | _tuning(q.dtype, **block)
 
 
@@ -117,13 +117,24 @@ def _tuning(dtype: torch.dtype, BM: int, BN: int, BD: int) -> dict[str, int | st
     # sm_80, sm_90 and sm_100 have 163, 227 and 227 KiB of shared memory a block, the others 99.
     limit = {80: 160, 90: 224, 100: 224, 103: 224}.get(target.arch, 96) * 1024
     stages = 2 if (BM + 4 * BN) * BD * dtype.itemsize <= limit else 1
-    # Registers decide on the warps: on sm_90 one warpgroup holds an accumulator of 128 x 128, as
-    # operands of its matrix unit stay in shared memory.
-    most = 128 * 128 if target.arch == 90 and dtype.itemsize == 2 else 64 * 128
-    warps = 4 if BM * max(BD, BN) <= most else 8
-    # fp32 as sums of three bf16 numbers, six products: TF32 would leave it the accuracy of fp16, and
-    # without tensor cores ("ieee") 64 x 64 blocks spill 42 KB of registers a thread.
+    # Four warps hold an accumulator of 64 x 128, beyond that registers spill (128 x 128: 350 instead
+    # of 420 TFLOP/s). A third stage gains 4% under masks and loses 5% without.
+    warps = 4 if BM * max(BD, BN) <= 64 * 128 else 8
+    # fp32 as sums of three bf16 numbers, six products: 4 to 5 times as fast as without tensor cores
+    # ("ieee"), and nearer to the exact result than it, 5.6e-8 against 2.9e-7. TF32 would leave fp32
+    # inputs the accuracy of fp16.
     return {"num_warps": warps, "num_stages": stages, "PRECISION": "bf16x6"}
+
+
+def _policies(ready: PreparedPlan):
+    """(what a partial entry needs of every query, which pairs it makes visible), as jit functions."""
+    if ready.mask is None:
+        return _positions, None
+    if isinstance(ready.mask, PackedBits):
+        return _positions, _in_bits
+    if ready.words == 1 and ready.mask.table is None:
+        return _bounds, _in_interval
+    return _positions, _in_intervals
 
 
 def _rows_in_memory(x: Tensor) -> Tensor:
@@ -132,28 +143,56 @@ def _rows_in_memory(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and near else x.contiguous()
 
 
+# Policies of masks: ROWS reads once what all entries of a tile need, VISIBLE decides on an entry.
+
+
 @triton.jit
-def _in_run(mask, e, start, count, o_q, WORDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _positions(mask, o_q):
+    return o_q
+
+
+@triton.jit
+def _bounds(mask, o_q):
+    return tl.load(mask.lo + o_q), tl.load(mask.hi + o_q)
+
+
+@triton.jit
+def _in_run(mask, rows, e, start, count, WORDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """Ragged full entries: every column of the run."""
     return tl.broadcast_to((tl.arange(0, BN) < count)[None, :], (BM, BN))
 
 
 @triton.jit
-def _in_intervals(
-    mask, e, start, count, o_q, WORDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+def _in_interval(
+    mask, rows, e, start, count, WORDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
-    """lo <= coord < hi on all axes, on the packed words that `prepared.py` explains."""
+    """lo <= coord < hi on all axes at once, on one packed word, see `prepared.py`."""
+    o_n = tl.arange(0, BN)
+    b_coord = tl.load(mask.coord + tl.where(o_n < count, start + o_n, mask.length_k))  # [BN]
+    guard = tl.load(mask.guard)
+    left = b_coord[None, :] - rows[0][:, None]  # [BM, BN]
+    right = rows[1][:, None] - b_coord[None, :]
+    return (left & right & guard) == guard
+
+
+@triton.jit
+def _in_intervals(
+    mask, rows, e, start, count, WORDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """The same on several words, with the bound table of the entry."""
     o_n = tl.arange(0, BN)
     o_k = tl.where(o_n < count, start + o_n, mask.length_k)
-    o_table = tl.zeros((), tl.int64)
+    o_table = tl.zeros((), tl.int64)  # and 64-bit offsets from here on
     if mask.table is not None:
         o_table = tl.load(mask.table + e).to(tl.int64) * WORDS
     seen = tl.full((BM, BN), True, tl.int1)
     for w in tl.static_range(WORDS):
         o_bound = (o_table + w) * mask.length_q
-        b_lo = tl.load(mask.lo + o_bound + o_q)  # [BM]
-        b_hi = tl.load(mask.hi + o_bound + o_q)
-        b_coord = tl.load(mask.coord + w * (mask.length_k.to(tl.int64) + 1) + o_k)  # [BN]
+        b_lo = tl.load(mask.lo + o_bound + rows)  # [BM]
+        b_hi = tl.load(mask.hi + o_bound + rows)
+        b_coord = tl.load(
+            mask.coord + (tl.zeros((), tl.int64) + w) * (mask.length_k + 1) + o_k
+        )  # [BN]
         guard = tl.load(mask.guard + w)
         left = b_coord[None, :] - b_lo[:, None]
         right = b_hi[:, None] - b_coord[None, :]
@@ -162,7 +201,7 @@ def _in_intervals(
 
 
 @triton.jit
-def _in_bits(mask, e, start, count, o_q, WORDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _in_bits(mask, rows, e, start, count, WORDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """Bit j % 32 of word j // 32, for the columns of the run."""
     o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
     inside = (o_m < mask.block_q)[:, None] & (o_n < count)[None, :]
@@ -172,9 +211,9 @@ def _in_bits(mask, e, start, count, o_q, WORDS: tl.constexpr, BM: tl.constexpr, 
 
 
 @triton.jit
-def _load_rows(p, stride, count, D: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr):
-    """Rows 0 .. ROWS of a matrix [ROWS, BD], zero past `count` rows (None: all exist) and D columns."""
-    o_r, o_d = tl.arange(0, ROWS), tl.arange(0, BD)
+def _load_rows(p, o_r, stride, count, D: tl.constexpr, BD: tl.constexpr):
+    """Rows `o_r` of a matrix, [ROWS, BD]: zero past row `count` (None: all exist) and column D."""
+    o_d = tl.arange(0, BD)
     p = p + o_r[:, None] * stride + o_d[None, :]
     if count is not None:
         inside = (o_r < count)[:, None] & (o_d < D)[None, :]
@@ -189,20 +228,21 @@ def _load_rows(p, stride, count, D: tl.constexpr, ROWS: tl.constexpr, BD: tl.con
 @triton.jit
 def _walk(
     acc, l, m, b_q, p_k, p_v, stride_ks, stride_vs, p_start, p_count, first, last,
-    mask, o_q, scale_log2, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    mask, rows, scale_log2, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     VISIBLE: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Entries first .. last of one list, the online softmax over them; VISIBLE None: no mask."""
+    o_n = tl.arange(0, BN)
     for e in range(first, last):
         start = tl.load(p_start + e)
         count = None
         if VISIBLE is not None:
             count = tl.load(p_count + e)
         # Masked rows are not loaded: past the end there is no memory, and elsewhere 0 * NaN is NaN.
-        b_k = _load_rows(p_k + start.to(tl.int64) * stride_ks, stride_ks, count, D, BN, BD)
+        b_k = _load_rows(p_k + start.to(tl.int64) * stride_ks, o_n, stride_ks, count, D, BD)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
         if VISIBLE is not None:
-            seen = VISIBLE(mask, e, start, count, o_q, WORDS, BM, BN)
+            seen = VISIBLE(mask, rows, e, start, count, WORDS, BM, BN)
             b_s = tl.where(seen, b_s, float("-inf"))
         m_new = tl.maximum(m, tl.max(b_s, 1) * scale_log2)
         offset = m_new
@@ -211,7 +251,7 @@ def _walk(
         b_p = tl.exp2(b_s * scale_log2 - offset[:, None])
         rescale = tl.exp2(m - offset)
         l = l * rescale + tl.sum(b_p, 1)
-        b_v = _load_rows(p_v + start.to(tl.int64) * stride_vs, stride_vs, count, D, BN, BD)
+        b_v = _load_rows(p_v + start.to(tl.int64) * stride_vs, o_n, stride_vs, count, D, BD)
         acc = tl.dot(b_p.to(b_v.dtype), b_v, acc * rescale[:, None], input_precision=PRECISION)
         m = m_new
     return acc, l, m
@@ -227,7 +267,7 @@ def forward_kernel(
     p_partial, p_partial_start, p_partial_count, mask,
     length_q, heads, group, tiles, heavy, scale_log2,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    VISIBLE: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, VISIBLE: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Programs: the heavy tiles of all heads, then the light tiles head by head.
     pid = tl.program_id(0)
@@ -247,12 +287,14 @@ def forward_kernel(
     q_count = tl.load(p_q_count + tile)
 
     o_m, o_d = tl.arange(0, BM), tl.arange(0, BD)
-    b_q = _load_rows(
-        p_q + b * stride_qb + h * stride_qh + q_start * stride_qs, stride_qs, q_count, D, BM, BD
-    )  # [BM, BD]
+    # Rows past the tile repeat its last one: a mask, which the store shares, would stay in registers
+    # through all loops and spill.
+    o_row = tl.minimum(o_m, q_count - 1)
+    p_q += b * stride_qb + h * stride_qh + q_start * stride_qs
+    b_q = _load_rows(p_q, o_row, stride_qs, None, D, BD)  # [BM, BD]
     p_k += b * stride_kb + (h // group) * stride_kh
     p_v += b * stride_vb + (h // group) * stride_vh
-    o_q = q_start + tl.minimum(o_m, q_count - 1)
+    rows = q_start + o_row
     acc = tl.zeros((BM, BD), tl.float32)
     l = tl.zeros((BM,), tl.float32)
     m = tl.full((BM,), float("-inf"), tl.float32)
@@ -262,15 +304,16 @@ def forward_kernel(
     if p_whole_end is not None:
         whole_end = tl.load(p_whole_end + row)
     acc, l, m = _walk(acc, l, m, b_q, p_k, p_v, stride_ks, stride_vs, p_full_start, p_full_count,
-                      first, whole_end, mask, o_q, scale_log2, D, BM, BN, BD, None, WORDS, PRECISION)  # fmt: skip
+                      first, whole_end, mask, rows, scale_log2, D, BM, BN, BD, None, WORDS, PRECISION)  # fmt: skip
     if p_whole_end is not None:
         acc, l, m = _walk(acc, l, m, b_q, p_k, p_v, stride_ks, stride_vs, p_full_start, p_full_count,
-                          whole_end, last, mask, o_q, scale_log2, D, BM, BN, BD, _in_run, WORDS,
+                          whole_end, last, mask, rows, scale_log2, D, BM, BN, BD, _in_run, WORDS,
                           PRECISION)  # fmt: skip
     if VISIBLE is not None:
+        rows = ROWS(mask, rows)
         first, last = tl.load(p_partial + row), tl.load(p_partial + row + 1)
         acc, l, m = _walk(acc, l, m, b_q, p_k, p_v, stride_ks, stride_vs, p_partial_start,
-                          p_partial_count, first, last, mask, o_q, scale_log2, D, BM, BN, BD,
+                          p_partial_count, first, last, mask, rows, scale_log2, D, BM, BN, BD,
                           VISIBLE, WORDS, PRECISION)  # fmt: skip
 
     l = tl.where(l == 0.0, 1.0, l)  # a row without keys: 0 / 1, and -inf + log2(1)

@@ -1,0 +1,1 @@
+"""Benchmarks: each suite gates on correctness, then times, then writes `assets/bench/<suite>.csv`."""

@@ -1,0 +1,98 @@
+"""Results: one schema for every suite, as CSV and on the terminal."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(kw_only=True, slots=True)
+class Row:
+    """One measurement. Empty fields do not apply.
+
+    baseline: the impl of the row that `speedup` is relative to, in the same run. tflops_visited: of
+    the visited blocks, ragged ones at their real size. density: visible pairs as a share of all.
+    rel_l1, cosine: against an exact reference. direction: forward, backward or both.
+    """
+
+    suite: str
+    case: str
+    impl: str
+    recipe: str = ""
+    direction: str = "forward"
+    ms: float | None = None
+    ms_p20: float | None = None
+    ms_p80: float | None = None
+    baseline: str = ""
+    speedup: float | None = None
+    tflops_visited: float | None = None
+    density: float | None = None
+    rel_l1: float | None = None
+    cosine: float | None = None
+    peak_gib: float | None = None
+    gpu: str = ""
+    torch: str = ""
+    triton: str = ""
+    commit: str = ""
+    date: str = ""
+    note: str = ""
+
+
+SHOWN = ("case", "impl", "ms", "speedup", "tflops_visited", "density", "rel_l1", "cosine", "note")
+
+
+def write_rows(rows: list[Row], folder: Path) -> Path:
+    """Write the rows of one suite to `folder/<suite>.csv`, with machine, versions, commit and date."""
+    if len({row.suite for row in rows}) != 1:
+        raise ValueError(f"Rows of one suite expected, got {sorted({row.suite for row in rows})}.")
+    facts = _environment()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{rows[0].suite}.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: _text(value) for name, value in (asdict(row) | facts).items()})
+    return path
+
+
+def show_rows(rows: list[Row], *, title: str) -> None:
+    table = Table(title=title)
+    for name in SHOWN:
+        table.add_column(name, justify="left" if name in ("case", "impl", "note") else "right")
+    for row in rows:
+        table.add_row(*(_text(getattr(row, name)) for name in SHOWN))
+    Console().print(table)
+
+
+def _text(value) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _environment() -> dict[str, str]:
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = ""
+    cuda = torch.cuda.is_available()
+    return {
+        "gpu": torch.cuda.get_device_name() if cuda else "",
+        "torch": torch.__version__,
+        "triton": triton,
+        "commit": commit.stdout.strip(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }

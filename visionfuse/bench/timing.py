@@ -1,0 +1,78 @@
+"""Timing of alternatives side by side: median, 20th and 80th percentile, in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+# More than the L2 cache of any GPU: writing it evicts what the last run left there.
+L2_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """Milliseconds of one call."""
+
+    ms: float
+    ms_p20: float
+    ms_p80: float
+
+
+def time_in_turns(
+    calls: dict[str, Callable[[], object]],
+    *,
+    device: torch.device | str,
+    seconds: float = 0.5,
+    most: int = 50,
+) -> dict[str, Timing]:
+    """Time every call, one after another in rounds, so that drifting clocks touch all alike.
+
+    Each takes about `seconds`, at least 3 and at most `most` runs after a warm-up. On a GPU times
+    come from events, and the L2 cache is cold; elsewhere from the wall clock.
+    """
+    device = torch.device(device)
+    once = _event_timer(device) if device.type == "cuda" else _wall_timer
+    samples: dict[str, list[float]] = {}
+    for name, call in calls.items():
+        call()
+        samples[name] = [once(call)]
+    rounds = {
+        name: min(most, max(3, round(seconds * 1e3 / max(first[0], 1e-3))))
+        for name, first in samples.items()
+    }
+    for turn in range(max(rounds.values())):
+        for name, call in calls.items():
+            if turn < rounds[name]:
+                samples[name].append(once(call))
+    return {name: _summary(times[1:]) for name, times in samples.items()}
+
+
+def _summary(times: list[float]) -> Timing:
+    low, middle, high = torch.tensor(times, dtype=torch.float64).quantile(
+        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    ).tolist()  # fmt: skip
+    return Timing(ms=middle, ms_p20=low, ms_p80=high)
+
+
+def _wall_timer(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _event_timer(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    flush = torch.empty(L2_BYTES, dtype=torch.int8, device=device)
+
+    def once(call: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return once
