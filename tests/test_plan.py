@@ -18,7 +18,7 @@ from visionfuse.kernels.plan import (
     neighborhood_mask,
     plan_attention,
 )
-from visionfuse.kernels.plan.planner import block_shape, tile_costs
+from visionfuse.kernels.plan.planner import block_shapes, tile_costs
 
 
 def rule_mask(layout: TokenLayout, spec) -> torch.Tensor:
@@ -119,7 +119,7 @@ def test_several_grids_see_each_other_whole():
 def test_counted_work_is_the_work_of_the_plan(grid, window, stride, impl):
     """The planner's separable counts agree with the lists that are then built."""
     spec = Neighborhood(window=window, stride=stride)
-    shape = block_shape(impl, 128)
+    shape = block_shapes(impl, 128)[0]
     only_pairs = BlockShape(block_q=shape.block_q, block_k=shape.block_k, padded=False)
     cost, tile, subtile = min(tile_costs(spec.resolve(grid), only_pairs))
     plan = plan_attention(

@@ -1,8 +1,8 @@
 """Block-sparse attention, forward, for Hopper (sm_90a): warp-specialised Gluon.
 
 One persistent program a multiprocessor: a producer warp brings queries, keys and values through the
-tensor memory accelerator (TMA) into a ring of shared buffers, three consumer warpgroups of 64 queries
-each multiply them (wgmma) and run the online softmax of FlashAttention (Dao, arXiv 2307.08691) while
+tensor memory accelerator (TMA) into a ring of shared buffers, two or three consumer warpgroups of 64
+queries each multiply them (wgmma) and run the online softmax of FlashAttention (Dao, arXiv 2307.08691) while
 their neighbours keep the tensor cores busy, as FlashAttention-3 does (Shah et al., arXiv 2407.08608).
 
 A tile walks its masked entries first, so the loop over whole blocks has no mask at all. Entries start
@@ -32,14 +32,15 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..plan.block_plan import BitMask, BlockPlan
 from .prepared import PackedIntervals, prepare
 
-GROUPS = 3  # consumer warpgroups
 ROWS = 64  # queries of a warpgroup, the M of wgmma
-BLOCK_Q = GROUPS * ROWS
 BLOCK_K = 128
+MAX_GROUPS = 3  # consumer warpgroups
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int32: gl.int32}
-# 128 registers for each of 16 warps at entry; setmaxnreg then moves them from the producer to the
-# consumers: 3 * 160 + 24 <= 4 * 128.
-_ENTRY_REGISTERS, _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 128, 160, 24
+# By number of consumer warpgroups: registers of every thread at entry, and of consumers and producers
+# after setmaxnreg has moved them: 3 * 160 + 24 <= 4 * 128, 2 * 240 + 24 <= 3 * 168.
+_REGISTERS = {2: (168, 240, 24), 3: (128, 160, 24)}
+# What a block may use, less 256 bytes for barriers.
+_SHARED_BYTES = 227 * 1024 - 256
 # A tile's query load and epilogue take about as long as this many key blocks.
 _TILE_OVERHEAD = 2
 _LN2: gl.constexpr = gl.constexpr(math.log(2.0))
@@ -56,9 +57,9 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> list[str]:
         reasons.append(f"dtype must be bfloat16 or float16, got {q.dtype}")
     if q.shape[-1] not in (64, 128):
         reasons.append(f"the head dim must be 64 or 128, got {q.shape[-1]}")
-    if plan.block_q > BLOCK_Q or plan.block_k > BLOCK_K:
+    if plan.block_q > MAX_GROUPS * ROWS or plan.block_k > BLOCK_K:
         reasons.append(
-            f"plan blocks may have at most {BLOCK_Q} queries and {BLOCK_K} keys, got "
+            f"plan blocks may have at most {MAX_GROUPS * ROWS} queries and {BLOCK_K} keys, got "
             f"{plan.block_q} x {plan.block_k}"
         )
     if isinstance(plan.mask, BitMask):
@@ -88,6 +89,8 @@ def forward(
     mask = ready.mask or _no_mask(plan)
     coordinates, row = _column_rows(plan, mask)
     whole_end = ready.whole_end if ready.whole_end is not None else plan.full.offset
+    groups = 3 if plan.block_q > 2 * ROWS else 2
+    entry, consumer, producer = _REGISTERS[groups]
     with torch.cuda.device_of(q):
         _kernel[(programs,)](
             _token_boxes(q, ROWS), _token_boxes(k, BLOCK_K), _token_boxes(v, BLOCK_K),
@@ -97,18 +100,19 @@ def forward(
             plan.partial.offset, plan.partial.start, row,
             mask.lo, mask.hi, mask.guard, row if mask.table is None else mask.table,
             length, heads, heads // k.shape[2], plan.tiles, plan.variants, scale / math.log(2.0),
-            D=head_dim, BM=ROWS, BN=BLOCK_K, GROUPS=GROUPS, STAGES=stages(head_dim),
+            D=head_dim, BM=ROWS, BN=BLOCK_K, GROUPS=groups, STAGES=stages(head_dim, groups, ready.words),
             WORDS=ready.words, TABLES=mask.table is not None,
             RAGGED=ready.whole_end is not None, LSE=return_lse,
-            REGISTERS=_CONSUMER_REGISTERS, PRODUCER_REGISTERS=_PRODUCER_REGISTERS,
-            num_warps=4, maxnreg=_ENTRY_REGISTERS,
+            REGISTERS=consumer, PRODUCER_REGISTERS=producer, num_warps=4, maxnreg=entry,
         )  # fmt: skip
     return out, lse
 
 
-def stages(head_dim: int) -> int:
-    """Blocks of keys and values in flight: what shared memory holds beside the queries."""
-    return 2 if head_dim == 128 else 3
+def stages(head_dim: int, groups: int, words: int) -> int:
+    """Blocks of keys and values in flight: what shared memory holds beside the queries, at most 3."""
+    queries = groups * ROWS * head_dim * 2
+    block = 2 * BLOCK_K * head_dim * 2 + 4 * BLOCK_K * max(words, 1)
+    return min(3, (_SHARED_BYTES - queries) // block)
 
 
 def _token_boxes(x: Tensor, rows: int) -> TensorDescriptor:
@@ -246,11 +250,11 @@ def _fetch(start, b, h, it, k_desc, v_desc, c_desc, c_row, ring, STAGES: gl.cons
 
 @gluon.jit
 def _producer(
-    descriptors, queries, ring, lists, mask, sizes, outputs,
-    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr,
+    shared, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr,
     STAGES: gl.constexpr, WORDS: gl.constexpr, TABLES: gl.constexpr, RAGGED: gl.constexpr,
     LSE: gl.constexpr,
 ):  # fmt: skip
+    descriptors, queries, ring, lists, mask, sizes, outputs = shared
     q_desc, k_desc, v_desc, coord_desc, run_desc = descriptors
     q_buffer, q_full, q_empty = queries
     p_work_offset, p_work, p_q_start, p_q_count, p_full, p_whole_end, p_full_start, p_full_count, \
@@ -294,40 +298,51 @@ def _producer(
 
 
 @gluon.jit
-def _hide_run(s, rows, stage, mask, e, o_q, length_q, STAGES: gl.constexpr, WORDS: gl.constexpr,
-              TABLES: gl.constexpr, LS: gl.constexpr, BN: gl.constexpr):  # fmt: skip
+def _hide_run(s, rows, stage, bounds, mask, e, o_q, length_q, STAGES: gl.constexpr,
+              WORDS: gl.constexpr, TABLES: gl.constexpr, LS: gl.constexpr,
+              BN: gl.constexpr):  # fmt: skip
     """Ragged full entries: the row holds 0 for columns of the run and -inf past it."""
     b_bias = rows.index(stage).reshape([BN]).load(gl.SliceLayout(0, LS))
     return s + b_bias.to(gl.float32, bitcast=True)[None, :]
 
 
 @gluon.jit
-def _hide_interval(s, rows, stage, mask, e, o_q, length_q, STAGES: gl.constexpr,
+def _bounds(mask, table, word, o_q, length_q, WORDS: gl.constexpr):
+    """Packed lo and hi of the queries, [BM] each, and the guard bits, as `prepared.py` explains."""
+    p_lo, p_hi, p_guard, p_table = mask
+    o = (table * WORDS + word) * length_q + o_q
+    return gl.load(p_lo + o), gl.load(p_hi + o), gl.load(p_guard + word)
+
+
+@gluon.jit
+def _hide_interval(s, rows, stage, bounds, mask, e, o_q, length_q, STAGES: gl.constexpr,
                    WORDS: gl.constexpr, TABLES: gl.constexpr, LS: gl.constexpr,
                    BN: gl.constexpr):  # fmt: skip
-    """lo <= coord < hi on all axes, on the packed words that `prepared.py` explains."""
+    """lo <= coord < hi on all axes of all words."""
     p_lo, p_hi, p_guard, p_table = mask
     table = 0
     if TABLES:
-        table = gl.load(p_table + e) * WORDS
+        table = gl.load(p_table + e)
     for w in gl.static_range(WORDS):
-        guard = gl.load(p_guard + w)
-        b_lo = gl.load(p_lo + (table + w) * length_q + o_q)[:, None]  # [BM, 1]
-        b_hi = gl.load(p_hi + (table + w) * length_q + o_q)[:, None]
-        b_coord = rows.index(w * STAGES + stage).reshape([BN]).load(gl.SliceLayout(0, LS))[None, :]
+        if TABLES or w > 0:
+            b_lo, b_hi, guard = _bounds(mask, table, w, o_q, length_q, WORDS)
+        else:
+            b_lo, b_hi, guard = bounds
+        b_coord = rows.index(w * STAGES + stage).reshape([BN]).load(gl.SliceLayout(0, LS))
         # seen iff (coord - lo) & (hi - coord) & guard == guard. Written out, because LLVM packs the
         # 64 predicates of a thread into words and takes twice the instructions.
         s = gl.inline_asm_elementwise(
             "{ .reg .b32 a, b; .reg .pred p; sub.s32 a, $2, $3; sub.s32 b, $4, $2; and.b32 a, a, b;"
             " and.b32 a, a, $5; setp.eq.s32 p, a, $5; selp.f32 $0, $1, 0fFF800000, p; }",
-            "=f,f,r,r,r,r", [s, b_coord, b_lo, b_hi, guard], dtype=gl.float32, is_pure=True, pack=1,
+            "=f,f,r,r,r,r", [s, b_coord[None, :], b_lo[:, None], b_hi[:, None], guard],
+            dtype=gl.float32, is_pure=True, pack=1,
         )  # fmt: skip
     return s
 
 
 @gluon.jit
 def _walk(
-    acc, l, m, it, q, ring, first, last, mask, o_q, length_q, scale_log2, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, WORDS: gl.constexpr,
+    acc, l, m, it, q, ring, first, last, bounds, mask, o_q, length_q, scale_log2, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, WORDS: gl.constexpr,
     TABLES: gl.constexpr, LS: gl.constexpr, LO: gl.constexpr, HIDE: gl.constexpr,
 ):  # fmt: skip
     """Entries first .. last of one list, the online softmax over them; HIDE None: no mask."""
@@ -342,7 +357,8 @@ def _walk(
         s = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=(s,))
         if HIDE is not None:
-            s = HIDE(s, c_buffer, stage, mask, e, o_q, length_q, STAGES, WORDS, TABLES, LS, BN)
+            s = HIDE(s, c_buffer, stage, bounds, mask, e, o_q, length_q, STAGES, WORDS, TABLES,
+                     LS, BN)  # fmt: skip
         mbarrier.arrive(k_empty.index(stage), count=1)
         m_new = gl.maximum(m, gl.max(s, axis=1) * scale_log2)
         offset = m_new
@@ -365,11 +381,11 @@ def _walk(
 
 @gluon.jit
 def _consumer(
-    descriptors, queries, ring, lists, mask, sizes, outputs,
-    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr,
+    shared, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr,
     STAGES: gl.constexpr, WORDS: gl.constexpr, TABLES: gl.constexpr, RAGGED: gl.constexpr,
     LSE: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
+    descriptors, queries, ring, lists, mask, sizes, outputs = shared
     q_buffer, q_full, q_empty = queries
     p_work_offset, p_work, p_q_start, p_q_count, p_full, p_whole_end, p_full_start, p_full_count, \
         p_partial, p_partial_start, p_partial_row = lists  # fmt: skip
@@ -397,10 +413,12 @@ def _consumer(
         mbarrier.wait(q_full.index(GROUP), turn & 1)
         q = q_buffer.index(GROUP).reshape([BM, D])
 
+        bounds = (o_q, o_q, 0)
         if WORDS > 0:
+            bounds = _bounds(mask, 0, 0, o_q, length_q, WORDS)
             acc, l, m, it = _walk(
                 acc, l, m, it, q, ring, gl.load(p_partial + row), gl.load(p_partial + row + 1),
-                mask, o_q, length_q, scale_log2, D, BM, BN, STAGES, WORDS, TABLES, LS, LO,
+                bounds, mask, o_q, length_q, scale_log2, D, BM, BN, STAGES, WORDS, TABLES, LS, LO,
                 _hide_interval,
             )  # fmt: skip
         first = gl.load(p_full + row)
@@ -408,7 +426,7 @@ def _consumer(
         if RAGGED:
             whole_end = gl.load(p_whole_end + row)
             acc, l, m, it = _walk(
-                acc, l, m, it, q, ring, whole_end, last, mask, o_q, length_q, scale_log2, D, BM,
+                acc, l, m, it, q, ring, whole_end, last, bounds, mask, o_q, length_q, scale_log2, D, BM,
                 BN, STAGES, WORDS, TABLES, LS, LO, _hide_run,
             )  # fmt: skip
             last = whole_end
@@ -417,7 +435,7 @@ def _consumer(
             # A finite floor far under any score keeps exp2(m - m_new) at zero.
             m = gl.maximum(m, -1.0e30)
         acc, l, m, it = _walk(
-            acc, l, m, it, q, ring, first, last, mask, o_q, length_q, scale_log2, D, BM, BN,
+            acc, l, m, it, q, ring, first, last, bounds, mask, o_q, length_q, scale_log2, D, BM, BN,
             STAGES, WORDS, TABLES, LS, LO, None,
         )  # fmt: skip
         mbarrier.arrive(q_empty.index(GROUP), count=1)
@@ -484,17 +502,25 @@ def _kernel(
     mask = (p_lo, p_hi, p_guard, p_table)
     sizes = (length_q, heads, group, tiles, variants, scale_log2)
     outputs = (p_o, p_lse)
-    gl.warp_specialize(
-        [
-            (_consumer, (descriptors, queries, ring, lists, mask, sizes, outputs, D, BM, BN,
-                         GROUPS, STAGES, WORDS, TABLES, RAGGED, LSE, 0)),
-            (_consumer, (descriptors, queries, ring, lists, mask, sizes, outputs, D, BM, BN,
-                         GROUPS, STAGES, WORDS, TABLES, RAGGED, LSE, 1)),
-            (_consumer, (descriptors, queries, ring, lists, mask, sizes, outputs, D, BM, BN,
-                         GROUPS, STAGES, WORDS, TABLES, RAGGED, LSE, 2)),
-            (_producer, (descriptors, queries, ring, lists, mask, sizes, outputs, D, BM, BN,
-                         GROUPS, STAGES, WORDS, TABLES, RAGGED, LSE)),
-        ],
-        [4, 4, 1],
-        [REGISTERS, REGISTERS, PRODUCER_REGISTERS],
-    )  # fmt: skip
+    shared = (descriptors, queries, ring, lists, mask, sizes, outputs)
+    if GROUPS == 3:
+        gl.warp_specialize(
+            [
+                (_consumer, (shared, D, BM, BN, GROUPS, STAGES, WORDS, TABLES, RAGGED, LSE, 0)),
+                (_consumer, (shared, D, BM, BN, GROUPS, STAGES, WORDS, TABLES, RAGGED, LSE, 1)),
+                (_consumer, (shared, D, BM, BN, GROUPS, STAGES, WORDS, TABLES, RAGGED, LSE, 2)),
+                (_producer, (shared, D, BM, BN, GROUPS, STAGES, WORDS, TABLES, RAGGED, LSE)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (shared, D, BM, BN, GROUPS, STAGES, WORDS, TABLES, RAGGED, LSE, 0)),
+                (_consumer, (shared, D, BM, BN, GROUPS, STAGES, WORDS, TABLES, RAGGED, LSE, 1)),
+                (_producer, (shared, D, BM, BN, GROUPS, STAGES, WORDS, TABLES, RAGGED, LSE)),
+            ],
+            [4, 1],
+            [REGISTERS, PRODUCER_REGISTERS],
+        )

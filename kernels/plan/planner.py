@@ -31,35 +31,49 @@ class BlockShape:
     block_q, block_k: most queries of a tile and most keys of an entry.
     padded: True where a short tile or entry costs as much as a whole block (tensor cores), False
         where it costs what it holds (a BLAS call).
-    The rest is counted in query-key pairs: `partial` extra for a pair under a mask (a share),
-    `gather` for a key that a tile copies together, `entry` and `tile` for each entry and tile.
+    speed: pairs a second, relative to other shapes of the same implementation.
+    The rest is counted in query-key pairs. Shares of a pair: `partial` extra under a mask, `ragged`
+    extra in an unmasked entry that is shorter than the block. Pairs: `gather` for a key that a tile
+    copies together, `entry` and `tile` for each entry and tile.
     """
 
     block_q: int
     block_k: int
     padded: bool
+    speed: float = 1.0
     partial: float = 0.0
+    ragged: float = 0.0
     gather: float = 0.0
     entry: float = 0.0
     tile: float = 0.0
 
 
-def block_shape(impl: str, head_dim: int) -> BlockShape:
-    """The block shape an implementation is fast with."""
+def block_shapes(impl: str, head_dim: int) -> tuple[BlockShape, ...]:
+    """The block shapes an implementation is fast with; the planner takes the one of least work."""
     if impl in ("blocks", "reference"):
         # Measured on two AVX-512 cores, head dim 64: copying a key and a value takes as long as 25
         # pairs, an entry 100, a call of SDPA 5,000; a kept mask adds a tenth.
-        return BlockShape(
-            block_q=256, block_k=128, padded=False, partial=0.1, gather=25, entry=100, tile=5000
+        return (
+            BlockShape(
+                block_q=256, block_k=128, padded=False, partial=0.1, gather=25, entry=100, tile=5000
+            ),
         )
     if impl == "flex":
-        return BlockShape(block_q=128, block_k=128, padded=True, partial=0.5, tile=4096)
+        return (BlockShape(block_q=128, block_k=128, padded=True, partial=0.5, tile=4096),)
     if impl == "gluon_sm90":
-        return BlockShape(block_q=192, block_k=128, padded=True, partial=0.35, tile=24576)
+        # Measured on an H200 at head dim 128: 700 TFLOP/s on whole blocks with three warpgroups. They
+        # have 160 registers a thread, so that masks spill; two warpgroups have 240.
+        costs = {"padded": True, "ragged": 0.3, "tile": 24576}
+        return (
+            BlockShape(block_q=192, block_k=128, partial=1.0, **costs),
+            BlockShape(block_q=128, block_k=128, partial=0.6, speed=0.9, **costs),
+        )
     # Masking a block of 128 x 64 costs a third of multiplying it; a tile's prologue and epilogue
     # about half a block.
-    return BlockShape(
-        block_q=128, block_k=64 if head_dim > 32 else 128, padded=True, partial=0.35, tile=4096
+    return (
+        BlockShape(
+            block_q=128, block_k=64 if head_dim > 32 else 128, padded=True, partial=0.35, tile=4096
+        ),
     )
 
 
@@ -101,13 +115,13 @@ def plan_attention(
     Order "auto" takes the tiles of least counted work. Raises ValueError where the neighborhood
     does not fit a grid of the layout.
     """
-    shape = shape or block_shape(impl, head_dim)
-    return _plan(layout, spec, order or Order(), shape, torch.device(device))
+    shapes = (shape,) if shape else block_shapes(impl, head_dim)
+    return _plan(layout, spec, order or Order(), shapes, torch.device(device))
 
 
 @lru_cache(maxsize=64)
-def _plan(layout, spec, order, shape, device) -> AttentionPlan:
-    order = _resolve_order(layout, spec, order, shape)
+def _plan(layout, spec, order, shapes, device) -> AttentionPlan:
+    order, shape = _resolve_order(layout, spec, order, shapes)
     permutation, blocks = plan_blocks(
         layout, spec, order=order, block_q=shape.block_q, block_k=shape.block_k, device=device
     )
@@ -115,25 +129,37 @@ def _plan(layout, spec, order, shape, device) -> AttentionPlan:
     return AttentionPlan(layout, order, permutation, inverse, blocks)
 
 
-def _resolve_order(layout, spec, order: Order, shape: BlockShape) -> Order:
+def _resolve_order(
+    layout: TokenLayout, spec, order: Order, shapes: tuple[BlockShape, ...]
+) -> tuple[Order, BlockShape]:
     """Fill in what `order` leaves to the planner, from the largest grid of the layout."""
     grids = [s.shape for s in layout.segments if s.kind == "grid"]
     if order.kind == "row" or not grids:
-        return Order(kind="row")
+        return Order(kind="row"), shapes[0]
     grid = max(grids, key=prod)
     if order.tile is not None:
         if len(order.tile) != len(grid):
             raise ValueError(f"Order tile={order.tile} does not fit a grid of {len(grid)} axes.")
-        return order if order.kind != "auto" else Order(
-            kind="tiled", tile=order.tile, subtile=order.subtile)  # fmt: skip
+        fits = [s for s in shapes if prod(order.tile) % s.block_q == 0]
+        kind = "tiled" if order.kind == "auto" else order.kind
+        return Order(kind=kind, tile=order.tile, subtile=order.subtile), (fits or shapes)[0]
     if order.kind == "hilbert":
         side = {1: 256, 2: 16, 3: 8}[len(grid)]
-        return Order(kind="hilbert", tile=tuple(min(side, n) for n in grid))
+        tile = tuple(min(side, n) for n in grid)
+        fits = [s for s in shapes if prod(tile) % s.block_q == 0]
+        return Order(kind="hilbert", tile=tile), (fits or shapes)[0]
     if isinstance(spec, Dense) or spec.resolve(grid).is_dense:
-        return Order(kind="row")
+        return Order(kind="row"), shapes[0]
     others = layout.length - prod(grid)
-    tile, subtile = best_tiles(spec.resolve(grid), shape, others=others)
-    return Order(kind="tiled", tile=tile, subtile=subtile)
+    _, tile, subtile, shape = min(
+        (
+            (cost / shape.speed, tile, subtile, shape)
+            for shape in shapes
+            for cost, tile, subtile in [best_tiles(spec.resolve(grid), shape, others=others)]
+        ),
+        key=lambda choice: choice[0],
+    )
+    return Order(kind="tiled", tile=tile, subtile=subtile), shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +182,12 @@ class _Axis:
 
 def best_tiles(
     spec: NeighborhoodOnGrid, shape: BlockShape, *, others: int = 0
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Query tile and key sub-tile of least counted work. `others`: keys that every query sees besides."""
-    return min(tile_costs(spec, shape, others=others))[1:]
+) -> tuple[float, tuple[int, ...], tuple[int, ...]]:
+    """Least counted work in pairs, with its query tile and key sub-tile.
+
+    others: keys that every query sees besides its neighborhood.
+    """
+    return min(tile_costs(spec, shape, others=others))
 
 
 def tile_costs(
@@ -187,7 +216,7 @@ def tile_costs(
         widest = max(map(prod, subtiles))
         for sub in (s for s in subtiles if 2 * prod(s) >= widest):
             axes = [axis_counts(a, tile[a], sub[a]) for a in range(rank)]
-            yield _cost(axes, shape, classes, others), tile, sub
+            yield _cost(axes, shape, classes, others, prod(sub)), tile, sub
 
 
 def _sides(n: int, stride: int) -> list[int]:
@@ -198,7 +227,7 @@ def _sides(n: int, stride: int) -> list[int]:
     return sorted(t for t in sides if t <= n)
 
 
-def _cost(axes: list[_Axis], shape: BlockShape, classes: int, others: int) -> float:
+def _cost(axes: list[_Axis], shape: BlockShape, classes: int, others: int, run: int) -> float:
     def total(name: str) -> int:
         return classes * prod(getattr(a, name) for a in axes)
 
@@ -208,13 +237,16 @@ def _cost(axes: list[_Axis], shape: BlockShape, classes: int, others: int) -> fl
         block = shape.block_q * shape.block_k
         pairs = (entries + other_entries) * block
         masked = (entries - full) * block
+        ragged = full * block if run < shape.block_k else 0
     else:
+        ragged = 0
         pairs = total("pairs")
         masked = total("pairs") - total("full_pairs")
     gathered = total("keys") + tiles * others
     return (
         pairs
         + shape.partial * masked
+        + shape.ragged * ragged
         + shape.gather * gathered
         + shape.entry * (entries + other_entries)
         + shape.tile * tiles
