@@ -10,6 +10,7 @@
 PYTHON ?= python3
 WORKERS ?= logical
 NATTEN ?= 1
+REPEATS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +24,7 @@ PROMPT := a large red circle above a small blue square on a white background
 
 demo: $(VENV)/installed
 	$(BIN)/visionfuse generate assets/flux-micro "$(PROMPT)" --recipe gna --height 512 --width 512 --steps 20 \
-	  --max-sequence-length 64 --dtype float32 --device cpu --compare --repeats 3 --out demo.png
+	  --max-sequence-length 64 --dtype float32 --device cpu --compare --repeats $(REPEATS) --out demo.png
 
 test: lint
 	$(PYTEST) -m "not slow"
