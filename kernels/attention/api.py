@@ -35,15 +35,21 @@ def block_sparse_attention(
     """
     _check(q, k, v, plan)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if impl == "auto":
-        impl = select_implementation(q.device, q.dtype, q.shape[-1])[0]
+        impl = _PORTABLE
+        if q.is_cuda and not training:
+            impl = _first_without_reasons(q, k, v, plan)[0]
     else:
         _require_known(impl)
     if not torch.compiler.is_compiling():
-        if reasons := implementation(impl).unsupported(q, k, v, plan):
+        reasons = unsupported_reasons(impl, q, k, v, plan)
+        if training and impl in _ON_GPU:
+            reasons.append("it has no backward, and an input requires a gradient")
+        if reasons:
             raise UnsupportedError(_refusal(impl, reasons))
-        if impl != "triton" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            # These are plain torch: autograd goes through them, not through the opaque op.
+        if training:
+            # The others are plain torch: autograd goes through them, not through the opaque op.
             out, lse = implementation(impl).forward(q, k, v, plan, scale, return_lse)
             return (out, lse) if return_lse else out
     out, lse = block_sparse_attention_op(
@@ -71,21 +77,34 @@ def select_implementation(
     device: torch.device | str, dtype: torch.dtype, head_dim: int
 ) -> tuple[str, list[str]]:
     """The implementation that "auto" takes, and why it did not take a faster one."""
-    device = torch.device(device)
-    if device.type != "cuda":
-        return "blocks", [f"triton: runs on GPUs, the tensors are on {device.type!r}"]
-    reasons = _probe("triton", device, dtype, head_dim)
-    if not reasons:
-        return "triton", []
-    return "blocks", [f"triton: {reason}" for reason in reasons]
-
-
-def _probe(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
     from ..plan.compress import compress
 
+    device = torch.device(device)
+    if device.type != "cuda":
+        return _PORTABLE, [
+            f"{name}: runs on GPUs, the tensors are on {device.type!r}" for name in _ON_GPU
+        ]
     q = torch.empty(1, 1, 1, head_dim, device=device, dtype=dtype)
-    plan = compress(torch.ones(1, 1, dtype=torch.bool, device=device))
-    return unsupported_reasons(impl, q, q, q, plan)
+    return _first_without_reasons(
+        q, q, q, compress(torch.ones_like(q[0, 0], dtype=torch.bool)[:, :1])
+    )
+
+
+# From the fastest to the slowest.
+_ON_GPU = ("gluon_sm90", "triton")
+_PORTABLE = "blocks"
+
+
+def _first_without_reasons(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan
+) -> tuple[str, list[str]]:
+    reasons = []
+    for name in _ON_GPU:
+        refused = unsupported_reasons(name, q, k, v, plan)
+        if not refused:
+            return name, reasons
+        reasons += [f"{name}: {reason}" for reason in refused]
+    return _PORTABLE, reasons
 
 
 def _require_known(impl: str) -> None:
