@@ -120,6 +120,16 @@ def test_short_runs_stay_dense_unless_asked(pipe, stock):
     assert not torch.equal(run(pipe), stock)
 
 
+def test_inference_mode_does_not_taint_cached_plans(pipe):
+    pipe.enable_visionfuse("gna", density=0.37, stride=2, order=MOVED, dense_steps=0)
+    with torch.inference_mode():
+        expected = run(pipe)
+    plan = vars(pipe)["_visionfuse"].ran["transformer"].plan
+    assert not plan.permutation.is_inference()
+    assert not any(t.is_inference() for t in plan.blocks.to_tensors())
+    close(run(pipe), expected)
+
+
 def test_auto_is_the_models_own_attention(pipe, stock):
     pipe.enable_visionfuse()
     assert torch.equal(run(pipe), stock)

@@ -216,14 +216,16 @@ class Routing:
         head_dim = self.site.head_dim(self.model)
         impl, self.ran.impl_reasons = choose(self.session.impl, device, tokens.dtype, head_dim)
         self.ran.impl = impl
-        return plan_attention(
-            layout,
-            self.recipe.plan,
-            order=self.recipe.order,
-            impl=impl,
-            head_dim=head_dim,
-            device=device,
-        )
+        # Plans are cached: made in inference mode, they could never meet autograd later.
+        with torch.inference_mode(False):
+            return plan_attention(
+                layout,
+                self.recipe.plan,
+                order=self.recipe.order,
+                impl=impl,
+                head_dim=head_dim,
+                device=device,
+            )
 
     def grid_order(self, plan: AttentionPlan) -> tuple[torch.Tensor, torch.Tensor]:
         """The permutation of the grid tokens alone and its inverse. Text, if any, comes first."""

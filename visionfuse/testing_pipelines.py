@@ -164,13 +164,13 @@ def run(pipe, *, steps: int = 3, seed: int = 0, **arguments) -> torch.Tensor:
     else:
         defaults |= {"height": 64, "width": 96, "num_frames": 9, "max_sequence_length": 16}
     generator = torch.Generator().manual_seed(seed)
-    out = pipe(
-        num_inference_steps=steps,
-        generator=generator,
-        **{**defaults, **arguments},
-        return_dict=False,
-    )
-    return out[0]
+    arguments = {**defaults, **arguments, "generator": generator, "return_dict": False}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # at this size threads mostly wait: 20 times slower on a busy machine
+    try:
+        return pipe(num_inference_steps=steps, **arguments)[0]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def clip_tokenizer() -> CLIPTokenizer:

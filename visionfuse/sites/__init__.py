@@ -80,6 +80,11 @@ def denoisers(pipe: Any) -> Iterator[Denoiser]:
             yield Denoiser(name, outer, model, site)
 
 
+def take(x: Tensor, dim: int, order: Tensor) -> Tensor:
+    """x with the tokens of `dim` in `order`, on x's device (models may be spread over several)."""
+    return x.index_select(dim, order.to(x.device))
+
+
 def map_output(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Apply `change` to the sample of a model output (a tuple or a diffusers output with `sample`)."""
     if isinstance(output, tuple):
@@ -89,4 +94,15 @@ def map_output(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 from . import flux, wan  # noqa: E402  (they register themselves)
 
-__all__ = ["SITES", "Denoiser", "Site", "Unsupported", "denoisers", "flux", "site_of", "wan"]
+__all__ = [
+    "SITES",
+    "Denoiser",
+    "Site",
+    "Unsupported",
+    "denoisers",
+    "flux",
+    "map_output",
+    "site_of",
+    "take",
+    "wan",
+]

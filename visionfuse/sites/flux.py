@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.plan import TokenLayout
-from . import SITES, Arguments, Site, Unsupported, map_output
+from . import SITES, Arguments, Site, Unsupported, map_output, take
 
 MAX_GRIDS = 16
 RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
@@ -65,17 +65,16 @@ def parse_ids(ids: Tensor) -> list[tuple[int, int]] | Unsupported:
 
 def permute(model: nn.Module, arguments: Arguments, order: Tensor) -> Arguments:
     arguments = dict(arguments)
-    arguments["hidden_states"] = arguments["hidden_states"].index_select(1, order)
-    ids = arguments["img_ids"]
-    arguments["img_ids"] = ids.index_select(-2, order.to(ids.device))
+    arguments["hidden_states"] = take(arguments["hidden_states"], 1, order)
+    arguments["img_ids"] = take(arguments["img_ids"], -2, order)
     for name in RESIDUALS:
         if arguments.get(name) is not None:
-            arguments[name] = [x.index_select(1, order.to(x.device)) for x in arguments[name]]
+            arguments[name] = [take(x, 1, order) for x in arguments[name]]
     return arguments
 
 
 def restore(model: nn.Module, output, inverse: Tensor):
-    return map_output(output, lambda x: x.index_select(1, inverse.to(x.device)))
+    return map_output(output, lambda x: take(x, 1, inverse))
 
 
 SITES["FluxTransformer2DModel"] = Site(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..context import ACTIVE
 from ..kernels.plan import TokenLayout
-from . import SITES, Arguments, Site, map_output
+from . import SITES, Arguments, Site, map_output, take
 
 
 def layout(model: nn.Module, arguments: Arguments, memo: dict) -> TokenLayout:
@@ -23,7 +23,7 @@ def permute(model: nn.Module, arguments: Arguments, order: Tensor) -> Arguments:
         arguments["hidden_states"], model.config.patch_size, order
     )
     if arguments["timestep"].ndim == 2:  # Wan 2.2 TI2V has a time step per token
-        arguments["timestep"] = arguments["timestep"].index_select(1, order)
+        arguments["timestep"] = take(arguments["timestep"], 1, order)
     return arguments
 
 
@@ -52,7 +52,7 @@ class OrderedRope(nn.Module):
         order = ACTIVE.grid_permutation
         if order is None:
             return tables
-        return tuple(table.index_select(1, order.to(table.device)) for table in tables)
+        return tuple(take(table, 1, order) for table in tables)
 
 
 def _grid(latent: Tensor, patch: tuple[int, ...]) -> tuple[int, ...]:
@@ -63,7 +63,7 @@ def permute_patches(x: Tensor, patch: tuple[int, ...], order: Tensor) -> Tensor:
     """x (B, C, F, H, W) with its patches, counted row-major, in `order`. Incomplete patches are cut."""
     (b, c), (t, h, w), (pt, ph, pw) = x.shape[:2], _grid(x, patch), patch
     x = x[:, :, : t * pt, : h * ph, : w * pw].reshape(b, c, t, pt, h, ph, w, pw)
-    tokens = x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, t * h * w, -1).index_select(1, order)
+    tokens = take(x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, t * h * w, -1), 1, order)
     x = tokens.reshape(b, t, h, w, c, pt, ph, pw).permute(0, 4, 1, 5, 2, 6, 3, 7)
     return x.reshape(b, c, t * pt, h * ph, w * pw)
 
