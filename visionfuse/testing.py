@@ -89,6 +89,7 @@ def check_attention(forward, q, k, v, plan: BlockPlan, scale: float) -> None:
 def poisoned_memory() -> Iterator[None]:
     """Every torch.empty in the block holds NaN (or the largest integer), so that gaps show."""
 
+    @torch.no_grad()  # compilers allocate leaves that require gradients
     def poison(x: Tensor) -> Tensor:
         if x.is_floating_point():
             return x.fill_(torch.nan)
