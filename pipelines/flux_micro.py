@@ -28,7 +28,7 @@ from transformers import (
 from visionfuse.shapes import vocabulary
 
 TEXT_WIDTH = 128
-LATENT_CHANNELS = 4
+LATENT_CHANNELS = 8
 TOKEN_PIXELS = 8
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation
 
@@ -73,7 +73,7 @@ def build(*, width: int = 192, double: int = 2, single: int = 6) -> FluxPipeline
 
 
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Images `[B, 3, H, W]` in 0..1 to normalised packed latents `[B, H/8 * W/8, 16]`."""
+    """Images `[B, 3, H, W]` in 0..1 to normalised packed latents `[B, H/8 * W/8, 32]`."""
     latents = vae.encode(images * 2 - 1).latent_dist.mode()  # [B, C, H/4, W/4]
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     return FluxPipeline._pack_latents(latents, *latents.shape)
@@ -194,14 +194,18 @@ class Muon(torch.optim.Optimizer):
                     stacks.setdefault(p.shape, []).append(p)
             for shape, params in stacks.items():
                 grads = [p.grad for p in params]
-                buffers = [
-                    self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params
-                ]
+                buffers = [self._momentum(p) for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
                 update = _orthogonalise(torch.stack(list(nesterov)))
                 scale = -group["lr"] * 0.2 * max(shape) ** 0.5
                 torch._foreach_add_(params, list(update.to(params[0].dtype).unbind(0)), alpha=scale)
+
+    def _momentum(self, p: nn.Parameter) -> Tensor:
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        return state["momentum"]
 
 
 def _orthogonalise(matrices: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ import copy
 import json
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+import torch._dynamo
+import torch._inductor.config
 import torch.nn.functional as F
 from diffusers import FluxPipeline
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ from tqdm import tqdm
 
 from pipelines.flux_micro import Muon, build, decode, encode, image_ids
 from visionfuse.shapes import (
-    Scenes,
     accuracy,
     arrange,
     breakdown,
@@ -53,34 +52,31 @@ class Phase:
 
 # 128x128 is cheap and teaches the captions; 512x512 comes last because it costs 8x more a picture.
 PLAN = (
-    Phase(minutes=5.0, sides={128: 1.0}),
-    Phase(minutes=9.0, sides={128: 0.1, 256: 0.9}),
-    Phase(minutes=11.0, sides={128: 0.05, 256: 0.50, 512: 0.45}),
+    Phase(minutes=3.4, sides={128: 1.0}),
+    Phase(minutes=2.2, sides={128: 0.1, 256: 0.9}),
+    Phase(minutes=2.8, sides={128: 0.05, 256: 0.55, 512: 0.40}),
 )
-BATCH = {128: 512, 256: 192, 512: 48}  # about 200,000 tokens each
+BATCH = {128: 448, 256: 144, 512: 32}  # about 145,000 tokens each
 SHIFT = {128: 1.5, 256: 2.0, 512: 3.2}  # time shift: larger pictures need more noise
 TEXT_LENGTH = {64: 0.88, 128: 0.05, 256: 0.03, 512: 0.04}  # padding is not masked, so it is varied
 NO_CAPTION = 0.04  # share of empty captions, which makes true_cfg_scale work
-LR_MATRIX, LR_OTHER = 2e-3, 1e-3
+LR_MATRIX, LR_OTHER = 4e-3, 1.5e-3
 WARMUP_STEPS = 200
 DECAY_FROM = 0.55  # share of the plan after which the rate falls linearly to zero
 EMA = 0.999
 PREFETCH = 4  # batches drawn at once: drawing waits for the GPU
-SCENES = 256_000
+SCENES = 128_000
 NETWORKS = ("transformer", "text_encoder", "text_encoder_2")
 
 
 class Data:
     """Captions as tensors on the device, and endless batches of (latents, caption tokens)."""
 
-    def __init__(self, pipe: FluxPipeline, *, scenes: int, seed: int, device: str, workers: int):
+    def __init__(self, pipe: FluxPipeline, *, scenes: int, seed: int, device: str):
         started = time.time()
-        shares = [(seed * 1000 + i, scenes // workers) for i in range(workers)]
-        with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-            parts = list(pool.map(_scenes_of, shares))
-        texts = [text for _, part in parts for text in part]
-        self.scenes = Scenes(*(torch.cat(t) for t in zip(*(p for p, _ in parts), strict=True)))
-        self.scenes = self.scenes.to(device)
+        chosen = list(islice(training_scenes(seed), scenes))
+        texts = [scene.text for scene in chosen]
+        self.scenes = pack(chosen).to(device)
         self.ids = _tokens(pipe.tokenizer, texts).to(device)  # [N, <=77] CLIP
         self.ids_2 = _tokens(pipe.tokenizer_2, texts).to(device)  # [N, <=64] T5
         self.empty = _tokens(pipe.tokenizer, [""], self.ids.shape[1]).to(device)
@@ -108,7 +104,7 @@ def train_vae(pipe: FluxPipeline, data: Data, args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3, weight_decay=0.0, betas=(0.9, 0.99))
     generator = torch.Generator(args.device).manual_seed(args.seed)
     started, losses, bar = time.time(), [], tqdm(unit="step", mininterval=5)
-    side, batch = (32, 8) if args.dry_run else (128, 256)
+    side, batch = (32, 8) if args.dry_run else (128, 80)
     while (progress := (time.time() - started) / (60 * args.minutes)) < 1:
         images, _ = data.images(side, batch, generator)
         for group in optimizer.param_groups:
@@ -143,19 +139,23 @@ def train_vae(pipe: FluxPipeline, data: Data, args: argparse.Namespace) -> None:
         scenes = held_out_scenes(8 if args.dry_run else 200, seed=args.seed)
         truth = draw(arrange(pack(scenes).to(args.device), generator), 256)
         restored = decode(vae, encode(vae, truth), 256)
-        right = accuracy(score(restored, scenes))
+        verdicts = score(restored, scenes)
         deviation = latents.std((0, 2, 3)).tolist()
     print(
         f"vae: {len(losses)} steps, latent mean {mean:.3f} std {std:.3f} by channel "
         f"{[round(d, 2) for d in deviation]}, mean error {(restored - truth).abs().mean():.4f}, "
-        f"{right:.1%} of restored pictures fully right"
+        f"{accuracy(verdicts):.1%} of restored pictures fully right {breakdown(verdicts)['reasons']}"
     )
 
 
-def train_flow(pipe: FluxPipeline, data: Data, args: argparse.Namespace) -> FluxPipeline:
-    """One slice of flow matching. Returns the pipeline with the averaged weights."""
+def train_flow(pipe: FluxPipeline, data: Data, args: argparse.Namespace) -> None:
+    """One slice of flow matching; saves its state and the averaged weights at every check."""
     device = args.device
     pipe.to(device)
+    # Fused attention with a mask or bias hit an illegal address in the backward pass on an H200.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    for name in ("text_encoder", "text_encoder_2"):
+        getattr(pipe, name).set_attn_implementation("eager")
     live = nn.ModuleDict({name: getattr(pipe, name) for name in NETWORKS}).train()
     mean = copy.deepcopy(live).eval().requires_grad_(False)
     averaged = FluxPipeline(**(pipe.components | dict(mean.items())))
@@ -180,7 +180,25 @@ def train_flow(pipe: FluxPipeline, data: Data, args: argparse.Namespace) -> Flux
     if args.resume and (args.out / "log.json").exists():
         log = json.loads((args.out / "log.json").read_text())
     if args.compile:
+        # The tiling analysis of PyTorch 2.11 asserts on dynamic shapes; a block that still does not
+        # compile runs eagerly.
+        torch._inductor.config.triton.coalesce_tiling_analysis = False
+        torch._dynamo.config.suppress_errors = True
         live["transformer"].compile_repeated_blocks(dynamic=True)
+
+    def keep() -> None:
+        (args.out / "log.json").write_text(json.dumps(log))
+        torch.save(
+            {
+                "live": live.state_dict(),
+                "mean": mean.state_dict(),
+                "muon": muon.state_dict(),
+                "adamw": adamw.state_dict(),
+            },
+            state,
+        )
+        plot(log, args.out / "loss.png")
+        save(averaged, args.out / "model")
 
     total = 60 * sum(phase.minutes for phase in PLAN)
     until = min(total, log["seconds"] + 60 * args.minutes)
@@ -213,25 +231,15 @@ def train_flow(pipe: FluxPipeline, data: Data, args: argparse.Namespace) -> Flux
         bar.update()
         if log["seconds"] >= next_check or log["seconds"] >= until:
             next_check += args.check_seconds
-            for size in sorted({256, side} if not args.dry_run else {128}):
+            for size in sorted({min(256, side), side} if not args.dry_run else {128}):
                 result = _check(averaged, size, args)
                 log["fidelity"].append([log["step"], log["seconds"], size, result["right"]])
                 bar.write(json.dumps({"step": log["step"], "side": size, **result}))
+            keep()
     bar.close()
     speed = (log["step"] - first_step) / (time.time() - started)
     print(f"{log['images']:,} images, {log['seconds']:.0f} s, {speed:.1f} steps/s in this slice")
-    (args.out / "log.json").write_text(json.dumps(log))
-    torch.save(
-        {
-            "live": live.state_dict(),
-            "mean": mean.state_dict(),
-            "muon": muon.state_dict(),
-            "adamw": adamw.state_dict(),
-        },
-        state,
-    )
-    plot(log, args.out / "loss.png")
-    return averaged
+    keep()
 
 
 def plot(log: dict, path: Path) -> None:
@@ -281,7 +289,7 @@ def _flow_loss(live, side: int, latents: Tensor, ids: Tensor, ids_2: Tensor, gen
 
 
 def _batches(pipe: FluxPipeline, data: Data, log: dict, args: argparse.Namespace) -> Iterator:
-    """Side, latents `[B, S, 16]`, CLIP and T5 ids, and the generator of the step."""
+    """Side, latents `[B, S, 32]`, CLIP and T5 ids, and the generator of the step."""
     generator = torch.Generator(args.device)
     chooser = torch.Generator()
     while True:
@@ -334,15 +342,15 @@ def _choose(weights: dict[int, float], generator: torch.Generator) -> int:
     return list(weights)[int(index)]
 
 
-def _scenes_of(share: tuple[int, int]) -> tuple[Scenes, list[str]]:
-    seed, count = share
-    scenes = list(islice(training_scenes(seed), count))
-    return pack(scenes), [scene.text for scene in scenes]
-
-
-def _tokens(tokenizer, texts: list[str], length: int | None = None) -> Tensor:
-    padding = {"padding": "max_length", "max_length": length} if length else {"padding": "longest"}
-    return tokenizer(texts, return_tensors="pt", **padding).input_ids
+def _tokens(tokenizer, texts: list[str], length: int = 0) -> Tensor:
+    """Padded token ids of captions, word by word: 100 times faster than the tokenizer's own way."""
+    *start, end = tokenizer("").input_ids
+    words = {word for text in texts for word in text.split()}
+    table = {word: tokenizer(word, add_special_tokens=False).input_ids for word in words}
+    rows = [start + [i for w in text.split() for i in table[w]] + [end] for text in texts]
+    assert rows[:8] == tokenizer(texts[:8]).input_ids, "words do not tokenize independently"
+    length = max(length, max(map(len, rows)))
+    return torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
 
 
 def save(pipe: FluxPipeline, folder: Path) -> None:
@@ -366,10 +374,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
-        "--check-seconds", type=float, default=150.0, help="between fidelity checks"
+        "--check-seconds", type=float, default=100.0, help="between fidelity checks"
     )
-    parser.add_argument("--check-captions", type=int, default=192)
-    parser.add_argument("--workers", type=int, default=8, help="processes that write captions")
+    parser.add_argument("--check-captions", type=int, default=128)
     parser.add_argument("--dry-run", action="store_true", help="three steps of a tiny model")
     args = parser.parse_args()
 
@@ -383,12 +390,12 @@ def main() -> None:
     else:
         pipe = new
     scenes = 256 if args.dry_run else SCENES
-    data = Data(pipe, scenes=scenes, seed=args.seed, device=args.device, workers=args.workers)
+    data = Data(pipe, scenes=scenes, seed=args.seed, device=args.device)
     if args.stage == "vae":
         train_vae(pipe, data, args)
+        save(pipe, model)
     else:
-        pipe = train_flow(pipe, data, args)
-    save(pipe, model)
+        train_flow(pipe, data, args)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def sample(rng: random.Random, pairs: tuple[tuple[str, str], ...] = PAIRS) -> Sc
     rng.shuffle(counts)
     places = {"place": 1, "places": 2}.get(kind, 0)
     named = rng.sample(list(PLACES), places) + [""] * (len(counts) - places)
-    # Three large objects leave no room for a random layout, so crowds name "small" or nothing.
+    # Three large objects leave no room in a row, so crowds name "small" or nothing.
     sizes = ("", *SIZES) if sum(counts) < 3 else ("", "small")
     chosen = rng.sample(pairs, len(counts))
     groups = tuple(
