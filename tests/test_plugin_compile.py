@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from visionfuse import Order
-from visionfuse.testing_pipelines import flux_pipeline, run, wan_pipeline
+from visionfuse.testing_pipelines import (
+    TEXT_WIDTH,
+    flux_pipeline,
+    ip_adapter_weights,
+    run,
+    wan_pipeline,
+)
 
 # Orders that really move tokens at this size, and a schedule with both phases.
 RECIPES = {
@@ -117,11 +123,31 @@ def test_compiled_equals_eager(family, how, graphs, enabled_first, request):
 )
 def test_inductor(family, how):
     pipe = BUILD[family]()
-    pipe.enable_visionfuse("gna", **PLAN, **RECIPES[family])
-    expected = run(pipe, steps=4)
+    slow = how is not regional
+    pipe.enable_visionfuse("gna", **{**PLAN, "dense_steps": 1 if slow else 0}, **RECIPES[family])
+    sizes = [{}, OTHER[family], {}] if slow else [{}, {}]
+    expected = [run(pipe, steps=2, **size) for size in sizes]
     how(pipe, fullgraph=True)
-    close(run(pipe, steps=4), expected)
-    close(run(pipe, steps=4), expected)
+    for size, result in zip(sizes, expected, strict=True):
+        close(run(pipe, steps=2, **size), result)
+
+
+def test_compiled_with_ip_adapter():
+    """Its second attention is noted while a graph is traced, without a graph for every note."""
+    pipe, counter = flux_pipeline(), Graphs()
+    pipe.transformer._load_ip_adapter_weights([ip_adapter_weights(pipe.transformer)])
+    image = torch.linspace(-1, 1, TEXT_WIDTH).reshape(1, 1, -1)
+    call = {
+        "ip_adapter_image_embeds": [image],
+        "negative_ip_adapter_image_embeds": [torch.zeros_like(image)],
+    }
+    pipe.enable_visionfuse("gna", **PLAN, **RECIPES["flux"])
+    expected = run(pipe, steps=4, **call)
+    pipe.transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
+    close(run(pipe, steps=4, **call), expected)
+    assert counter.new() <= 5
+    close(run(pipe, steps=4, **call), expected)
+    assert counter.new() == 0
 
 
 @SLOW

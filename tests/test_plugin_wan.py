@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
 
 import visionfuse
 from visionfuse import Dense, Neighborhood, Order, Recipe, Schedule
@@ -102,22 +102,31 @@ def test_unipc_scheduler():
     assert visionfuse.report(pipe).denoisers[0].phases == ("steps 0-1 dense", "steps 2-4 plan")
 
 
-def test_time_step_per_token():
-    """Wan 2.2 TI2V: the first frame has its own time steps, which must follow their tokens."""
-    pipe = wan_pipeline()
-    pipe.register_to_config(expand_timesteps=True)
-    seen = []
+@pytest.mark.parametrize("expand", [False, True], ids=["wan_i2v", "wan2.2_ti2v"])
+def test_image_to_video(expand):
+    """A first frame given as further channels, or with time steps of its own for every token."""
+    channels = {} if expand else {"in_channels": 36}
+    pipe = wan_pipeline(WanImageToVideoPipeline, extra={"expand_timesteps": expand}, **channels)
+    times = []
     pipe.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["timestep"].ndim), with_kwargs=True
+        lambda module, args, kwargs: times.append(kwargs["timestep"]), with_kwargs=True
     )
-    expected = masked_run(pipe)
-    assert set(seen) == {2}
+    numbers = torch.Generator().manual_seed(5)
+    call = {
+        "image": torch.rand(1, 3, 64, 96, generator=numbers),
+        "prompt": None,  # as embeddings: cleaning a prompt takes ftfy in this pipeline
+        "prompt_embeds": torch.randn(1, 16, 32, generator=numbers),
+        "negative_prompt_embeds": torch.randn(1, 16, 32, generator=numbers),
+    }
+    expected = masked_run(pipe, **call)
+    assert all(t.ndim == (2 if expand else 1) for t in times)
+    assert all(t.unique().numel() == (2 if expand else 1) for t in times)
     pipe.enable_visionfuse("gna", **PLAN, order=MOVED, dense_steps=0)
-    close(run(pipe), expected)
+    close(run(pipe, **call), expected)
 
 
 def test_time_steps_that_differ_between_tokens():
-    """The pipeline above has equal time steps; image-to-video does not, so the model is called itself."""
+    """The model called by itself, by position and by name, with other time steps in every token."""
     model = wan_transformer()
     torch.manual_seed(3)
     latent, text = torch.randn(1, 16, 3, 8, 12), torch.randn(1, 8, 32)

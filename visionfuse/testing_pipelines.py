@@ -132,13 +132,18 @@ def wan_transformer(seed: int = 0, **changes) -> WanTransformer3DModel:
     return _lively(WanTransformer3DModel(**{**config, **changes}))
 
 
-def wan_pipeline(*, two_stages: bool = False, scheduler=None, **changes) -> WanPipeline:
-    """Wan 2.1, or with `two_stages` Wan 2.2 with a second transformer for the low-noise steps."""
+def wan_pipeline(
+    cls: type = WanPipeline, *, two_stages: bool = False, scheduler=None, extra=None, **changes
+):
+    """Wan 2.1, or with `two_stages` Wan 2.2 with a second transformer for the low-noise steps.
+
+    `extra` holds further arguments of the pipeline's class.
+    """
     transformer = wan_transformer(**changes)
     torch.manual_seed(2)
     tokenizer = t5_tokenizer()
     return _quiet(
-        WanPipeline(
+        cls(
             tokenizer=tokenizer,
             text_encoder=UMT5EncoderModel(UMT5Config(**_t5(tokenizer))).eval(),
             vae=AutoencoderKLWan(
@@ -152,6 +157,7 @@ def wan_pipeline(*, two_stages: bool = False, scheduler=None, **changes) -> WanP
             transformer=transformer,
             transformer_2=wan_transformer(seed=1) if two_stages else None,
             boundary_ratio=0.875 if two_stages else None,
+            **(extra or {}),
         )
     )
 
