@@ -137,10 +137,11 @@ def read(image: object) -> tuple[str, list[Found]]:
     rgb, side = _to_uint8(image), READ_SIDE
     rgb = cv2.medianBlur(cv2.resize(rgb, (side, side), interpolation=cv2.INTER_LINEAR), 3)
     lab = cv2.cvtColor(rgb.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
-    ground = np.median(np.concatenate([lab[0], lab[-1], lab[:, 0], lab[:, -1]]), axis=0)
+    rim = np.concatenate([lab[0], lab[-1], lab[:, 0], lab[:, -1]])
+    ground = np.median(rim, axis=0)
     background = _nearest(ground, BACKGROUNDS)
 
-    from_ground = np.linalg.norm(lab - ground, axis=-1)
+    from_ground = _distance(lab, ground)
     mask = (from_ground > FOREGROUND).astype(np.uint8)
     _, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
     found = []
@@ -164,7 +165,7 @@ def _read_piece(
     inner = cv2.erode(mask.astype(np.uint8), core, borderType=cv2.BORDER_CONSTANT, borderValue=0) > 0
     inner = inner if inner.any() else mask
     median = np.median(lab[inner], axis=0)
-    from_color = np.linalg.norm(lab - median, axis=-1)
+    from_color = _distance(lab, median)
     pure = (from_color[inner] < SAME_COLOR).mean() >= PURE
     # An edge pixel belongs to the side it is nearer to, so halos do not grow the silhouette.
     solid = mask & (from_color < from_ground)
@@ -237,8 +238,14 @@ def _lab_of(colors: tuple[tuple[int, int, int], ...]) -> np.ndarray:
 
 def _nearest(lab: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
     """Name of the nearest palette colour, or an empty string if all are far."""
-    distance = np.linalg.norm(_lab_of(tuple(palette.values())) - lab, axis=-1)
+    distance = _distance(_lab_of(tuple(palette.values())), lab)
     return list(palette)[int(distance.argmin())] if distance.min() < SAME_COLOR else ""
+
+
+def _distance(lab: np.ndarray, color: np.ndarray) -> np.ndarray:
+    """CIELAB distance (Delta E 1976) of `[..., 3]` pixels to one colour."""
+    difference = lab - color
+    return np.sqrt(np.einsum("...c,...c->...", difference, difference))
 
 
 def _is_at(found: Found, group: Group) -> bool:
