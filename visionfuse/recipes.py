@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from .kernels.order import Order
+from .kernels.order.curves import OrderKind
 from .kernels.plan import Dense, Neighborhood
 from .recipe import Precision, Recipe
 from .schedule import Schedule
@@ -78,7 +79,7 @@ def gna(
     stride: int | tuple[int, ...] | None = None,
     dilation: int | tuple[int, ...] = 1,
     causal: bool | tuple[bool, ...] = False,
-    order: str | Order = "auto",
+    order: OrderKind | Order = "auto",
     precision: str | Precision = "model",
     dense_start: float | None = None,
     dense_steps: int | None = None,

@@ -58,8 +58,8 @@ class Session:
 
     def __enter__(self) -> Session:
         LOCK.acquire()
+        outer = _RUNNING[-1] if _RUNNING else None
         try:
-            outer = _RUNNING[-1] if _RUNNING else None
             if outer is not None and outer.pipe is not self.pipe:
                 outer.detach()  # a callback runs another pipeline, perhaps on the same transformer
             if outer is None or outer.pipe is not self.pipe:
@@ -229,6 +229,8 @@ class Routing:
 
     def grid_order(self, plan: AttentionPlan) -> tuple[torch.Tensor, torch.Tensor]:
         """The permutation of the grid tokens alone and its inverse. Text, if any, comes first."""
+        assert plan.permutation is not None
+        assert plan.inverse is not None
         if id(plan) not in self.orders:
             text = sum(s.length for s in plan.layout.segments if s.kind != "grid")
             self.orders[id(plan)] = (

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..kernels.plan import TokenLayout
 
 Arguments = dict[str, Any]
+# A denoiser of diffusers; the type checker cannot know the attributes that its site names.
+Model = Any
 
 
 class Unsupported(NamedTuple):
@@ -40,13 +42,13 @@ class Site:
 
     grid_axes: int
     grid_name: str
-    layers: Callable[[nn.Module], list[nn.Module]]
+    layers: Callable[[Model], list[Any]]
     others: str
-    head_dim: Callable[[nn.Module], int]
-    layout: Callable[[nn.Module, Arguments, dict], TokenLayout | Unsupported]
-    permute: Callable[[nn.Module, Arguments, Tensor], Arguments]
-    restore: Callable[[nn.Module, Any, Tensor], Any]
-    inside: Callable[[nn.Module, ExitStack], None] = lambda model, stack: None
+    head_dim: Callable[[Model], int]
+    layout: Callable[[Model, Arguments, dict], TokenLayout | Unsupported]
+    permute: Callable[[Model, Arguments, Tensor], Arguments]
+    restore: Callable[[Model, Any, Tensor], Any]
+    inside: Callable[[Model, ExitStack], None] = lambda model, stack: None
 
 
 SITES: dict[str, Site] = {}
@@ -67,7 +69,7 @@ class Denoiser(NamedTuple):
 
     name: str
     outer: nn.Module
-    model: nn.Module
+    model: Model
     site: Site
 
 
@@ -97,6 +99,7 @@ from . import flux, wan  # noqa: E402  (they register themselves)
 __all__ = [
     "SITES",
     "Denoiser",
+    "Model",
     "Site",
     "Unsupported",
     "denoisers",

@@ -6,16 +6,16 @@ Kontext appends reference images as further grids; Fill and Control add channels
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels.plan import TokenLayout
-from . import SITES, Arguments, Site, Unsupported, map_output, take
+from . import SITES, Arguments, Model, Site, Unsupported, map_output, take
 
 MAX_GRIDS = 16
 RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
 
 
-def layout(model: nn.Module, arguments: Arguments, memo: dict) -> TokenLayout | Unsupported:
+def layout(model: Model, arguments: Arguments, memo: dict) -> TokenLayout | Unsupported:
     if (arguments.get("joint_attention_kwargs") or {}).get("attention_mask") is not None:
         return Unsupported("an attention mask was given in joint_attention_kwargs")
     ids, tokens = arguments.get("img_ids"), arguments["hidden_states"].shape[1]
@@ -63,7 +63,7 @@ def parse_ids(ids: Tensor) -> list[tuple[int, int]] | Unsupported:
     return grids
 
 
-def permute(model: nn.Module, arguments: Arguments, order: Tensor) -> Arguments:
+def permute(model: Model, arguments: Arguments, order: Tensor) -> Arguments:
     arguments = dict(arguments)
     arguments["hidden_states"] = take(arguments["hidden_states"], 1, order)
     arguments["img_ids"] = take(arguments["img_ids"], -2, order)
@@ -73,7 +73,7 @@ def permute(model: nn.Module, arguments: Arguments, order: Tensor) -> Arguments:
     return arguments
 
 
-def restore(model: nn.Module, output, inverse: Tensor):
+def restore(model: Model, output, inverse: Tensor):
     return map_output(output, lambda x: take(x, 1, inverse))
 
 

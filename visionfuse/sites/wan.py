@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from ..context import ACTIVE
 from ..kernels.plan import TokenLayout
-from . import SITES, Arguments, Site, map_output, take
+from . import SITES, Arguments, Model, Site, map_output, take
 
 
-def layout(model: nn.Module, arguments: Arguments, memo: dict) -> TokenLayout:
+def layout(model: Model, arguments: Arguments, memo: dict) -> TokenLayout:
     return TokenLayout.joint(grids=[_grid(arguments["hidden_states"], model.config.patch_size)])
 
 
-def permute(model: nn.Module, arguments: Arguments, order: Tensor) -> Arguments:
+def permute(model: Model, arguments: Arguments, order: Tensor) -> Arguments:
     # The patch embedding is a convolution whose stride is its kernel, so permuting patches of the
     # latent permutes tokens, and the latent has 64 numbers a token where the model has thousands.
     arguments = dict(arguments)
@@ -27,11 +27,11 @@ def permute(model: nn.Module, arguments: Arguments, order: Tensor) -> Arguments:
     return arguments
 
 
-def restore(model: nn.Module, output, inverse: Tensor):
+def restore(model: Model, output, inverse: Tensor):
     return map_output(output, lambda x: permute_patches(x, model.config.patch_size, inverse))
 
 
-def inside(model: nn.Module, stack: ExitStack) -> None:
+def inside(model: Model, stack: ExitStack) -> None:
     stack.callback(setattr, model, "rope", model.rope)
     model.rope = OrderedRope(model.rope)
 
