@@ -29,6 +29,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 import visionfuse
 from visionfuse import Neighborhood, Order
 from visionfuse.context import ACTIVE
+from visionfuse.sites import denoisers
 from visionfuse.testing_pipelines import (
     TEXT_WIDTH,
     explicit_mask,
@@ -166,7 +167,7 @@ TREATMENTS = {
         onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
     ),
     "first_block_cache": lambda pipe: pipe.transformer.enable_cache(
-        FirstBlockCacheConfig(threshold=0.3)
+        FirstBlockCacheConfig(threshold=1.0)
     ),
     "attention_broadcast": lambda pipe: pipe.transformer.enable_cache(
         PyramidAttentionBroadcastConfig(
@@ -214,6 +215,25 @@ def test_treatments(family, name, first):
     report = visionfuse.report(pipe).denoisers[0]
     assert report.calls["plan"] > 0 == report.calls["dense"]
     assert bool(report.notes) == (name == "ip_adapter")  # its second attention is told
+
+
+@pytest.mark.parametrize("family", ["flux", "wan"])
+def test_cached_residuals_survive_the_switch_of_phases(family):
+    """FirstBlockCache adds residuals of dense steps in sparse ones: the order must be the same."""
+    build, recipe, mask = {
+        "flux": (flux_pipeline, FLUX_RECIPE, mask_of(48, (16, 24))),
+        "wan": (wan_pipeline, WAN_RECIPE, mask_of(0, (3, 4, 6))),
+    }[family]
+    pipe, steps = build(), []
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1.0))
+    layers = [d.site.layers(d.model)[-1] for d in denoisers(pipe)]
+    layers[0].register_forward_pre_hook(lambda *_: steps.append(1))
+    with masked_attention(pipe, None) as replace:
+        expected = run(pipe, steps=8, callback_on_step_end=lambda pipe, step, time, tensors: (
+            replace(mask) if step == 3 else None) or tensors)  # fmt: skip
+    assert 0 < len(steps) < 8, "some steps must come from the cache"
+    pipe.enable_visionfuse("gna", **{**recipe, "dense_steps": 4})
+    close(run(pipe, steps=8), expected)
 
 
 def test_resolution_and_batch_change_between_calls():

@@ -26,7 +26,7 @@ class Active:
     plan: of the routed layers, in the order in which the tokens lie; None: nothing is routed.
     impl: the attention implementation that `plan` was made for.
     permutation: int64 [S], position -> model index, if the sequence was permuted.
-    grid_permutation: int64 [S_grid], the same without the text, counted from the first grid token.
+    rope: rotary tables in the order of the tokens, for models that would compute their own.
     own_backend: the diffusers backend that the model's own attention would use.
     notes: reasons why a routed call went to the model's own attention after all.
     """
@@ -38,7 +38,7 @@ class Active:
         self.plan: BlockPlan | None = None
         self.impl: str = "auto"
         self.permutation: Tensor | None = None
-        self.grid_permutation: Tensor | None = None
+        self.rope: tuple[Tensor, ...] | None = None
         self.own_backend: Any = None
         self.notes: dict[str, int] = {}
 

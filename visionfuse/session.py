@@ -159,15 +159,12 @@ class Routing:
         ACTIVE.notes = self.ran.notes
         ACTIVE.plan = decision.plan.blocks if decision.plan and decision.routed else None
         ACTIVE.impl = self.ran.impl or "auto"
-        order = None
-        ACTIVE.permutation = None
-        if decision.plan is not None and decision.plan.permutation is not None:
-            ACTIVE.permutation = decision.plan.permutation
-            order, self.inverse = self.grid_order(decision.plan)
-        ACTIVE.grid_permutation = order
-        if order is None:
+        ACTIVE.permutation = ACTIVE.rope = None
+        if decision.plan is None or decision.plan.permutation is None:
             return args, kwargs
-        return (), self.site.permute(self.model, arguments, order)
+        ACTIVE.permutation = decision.plan.permutation
+        order, self.inverse = self.grid_order(decision.plan)
+        return (), self.site.permute(self.model, arguments, order, self.memo)
 
     def after(self, output):
         if self.inverse is None:

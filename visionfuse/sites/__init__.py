@@ -46,7 +46,7 @@ class Site:
     others: str
     head_dim: Callable[[Model], int]
     layout: Callable[[Model, Arguments, dict], TokenLayout | Unsupported]
-    permute: Callable[[Model, Arguments, Tensor], Arguments]
+    permute: Callable[[Model, Arguments, Tensor, dict], Arguments]
     restore: Callable[[Model, Any, Tensor], Any]
     inside: Callable[[Model, ExitStack], None] = lambda model, stack: None
 

@@ -63,7 +63,7 @@ def parse_ids(ids: Tensor) -> list[tuple[int, int]] | Unsupported:
     return grids
 
 
-def permute(model: Model, arguments: Arguments, order: Tensor) -> Arguments:
+def permute(model: Model, arguments: Arguments, order: Tensor, memo: dict) -> Arguments:
     arguments = dict(arguments)
     arguments["hidden_states"] = take(arguments["hidden_states"], 1, order)
     arguments["img_ids"] = take(arguments["img_ids"], -2, order)

@@ -15,7 +15,13 @@ def layout(model: Model, arguments: Arguments, memo: dict) -> TokenLayout:
     return TokenLayout.joint(grids=[_grid(arguments["hidden_states"], model.config.patch_size)])
 
 
-def permute(model: Model, arguments: Arguments, order: Tensor) -> Arguments:
+def permute(model: Model, arguments: Arguments, order: Tensor, memo: dict) -> Arguments:
+    # The rotary tables depend on the grid alone: once per order, and outside of compiled graphs.
+    if memo.get("order") is not order:
+        latent = arguments["hidden_states"]
+        tables = (take(table, 1, order).to(latent.device) for table in model.rope.rope(latent))
+        memo["order"], memo["rope"] = order, tuple(tables)
+    ACTIVE.rope = memo["rope"]
     # The patch embedding is a convolution whose stride is its kernel, so permuting patches of the
     # latent permutes tokens, and the latent has 64 numbers a token where the model has thousands.
     arguments = dict(arguments)
@@ -37,7 +43,7 @@ def inside(model: Model, stack: ExitStack) -> None:
 
 
 class OrderedRope(nn.Module):
-    """Rotary tables (1, S, 1, D) that follow their tokens: the model computes them from the grid's shape.
+    """Rotary tables (1, S, 1, D) that follow their tokens; the model's own when nothing moved.
 
     A module and not a hook, because compiled graphs are guarded by the types of submodules but not
     by hooks: a graph of the stock model would run on permuted tokens with tables that are not.
@@ -48,11 +54,7 @@ class OrderedRope(nn.Module):
         self.rope = rope
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
-        tables = self.rope(hidden_states)
-        order = ACTIVE.grid_permutation
-        if order is None:
-            return tables
-        return tuple(take(table, 1, order) for table in tables)
+        return self.rope(hidden_states) if ACTIVE.rope is None else ACTIVE.rope
 
 
 def _grid(latent: Tensor, patch: tuple[int, ...]) -> tuple[int, ...]:
