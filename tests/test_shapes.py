@@ -31,6 +31,7 @@ from visionfuse.shapes.captions import (
     COLORS,
     HELD_OUT_PAIRS,
     KINDS,
+    MAX_OBJECTS,
     PLACES,
     ROWS,
     SHAPES,
@@ -97,7 +98,7 @@ def test_layouts_keep_their_distances():
     apart = (layout.center[:, :, None] - layout.center[:, None]).abs().amax(-1)
     room = apart - layout.radius[:, :, None] - layout.radius[:, None]
     present = layout.shape >= 0
-    pairs = present[:, :, None] & present[:, None] & ~torch.eye(5, dtype=torch.bool)
+    pairs = present[:, :, None] & present[:, None] & ~torch.eye(MAX_OBJECTS, dtype=torch.bool)
     assert room[pairs].min() >= GAP - 1e-5
 
 

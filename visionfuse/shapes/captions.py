@@ -34,7 +34,7 @@ BACKGROUNDS = {
 }
 SIZES = ("small", "large")
 NUMBERS = {"two": 2, "three": 3, "four": 4}
-MAX_OBJECTS = 5
+MAX_OBJECTS = 4
 
 # Where the centre lies, in (column, row) thirds: -1 first, 0 middle, 1 last, None anywhere.
 PLACES = {
@@ -71,17 +71,15 @@ HELD_OUT_PAIRS = frozenset(
 PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 TRAIN_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT_PAIRS)
 
-# How often each kind of caption is drawn; two thirds name two groups or more.
+# How often each kind of caption is drawn; two thirds name two objects or more.
 KINDS = {
-    "single": 0.08,
-    "place": 0.12,
-    "count": 0.14,
-    "pair": 0.10,
-    "places": 0.10,
-    "relation": 0.22,
-    "counts": 0.08,
-    "list": 0.08,
-    "row": 0.08,
+    "single": 0.14,
+    "place": 0.16,
+    "count": 0.16,
+    "pair": 0.14,
+    "places": 0.14,
+    "relation": 0.20,
+    "list": 0.06,
 }
 
 
@@ -155,9 +153,7 @@ def sample(rng: random.Random, pairs: tuple[tuple[str, str], ...] = PAIRS) -> Sc
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     counts = {
         "count": lambda: [rng.randint(2, 4)],
-        "counts": lambda: [rng.randint(2, 3), rng.randint(1, 2)],
         "list": lambda: [1, 1, 1],
-        "row": lambda: [1, 1, 1],
     }.get(kind, lambda: [1] if kind in ("single", "place") else [1, 1])()
     rng.shuffle(counts)
     places = {"place": 1, "places": 2}.get(kind, 0)

@@ -27,8 +27,8 @@ from visionfuse.shapes.captions import (
 )
 
 # Half the side of the bounding box. An object without a size word is of medium size.
-RADIUS = {"": (0.090, 0.105), "small": (0.060, 0.075), "large": (0.120, 0.150)}
-JITTER = 0.06  # around the anchor, in x and y
+RADIUS = {"": (0.105, 0.115), "small": (0.075, 0.085), "large": (0.140, 0.155)}
+JITTER = 0.04  # around the anchor, in x and y
 GAP = 0.04  # one 8-pixel token at 256x256 is 0.031
 MARGIN = 0.03  # between an object and the image border
 THIRDS = {-1: 0.2, 0: 0.5, 1: 0.8, None: 0.5}
@@ -38,10 +38,10 @@ CANDIDATES = 32  # layouts tried per image
 class Scenes(NamedTuple):
     """N scenes as tensors. Unnamed attributes are -1."""
 
-    shape: Tensor  # [N, 5] index into SHAPES, -1 where there is no object
-    color: Tensor  # [N, 5] index into COLORS
-    size: Tensor  # [N, 5] index into RADIUS
-    anchor: Tensor  # [N, 5, 2] (x, y) around which the centre is drawn
+    shape: Tensor  # [N, 4] index into SHAPES, -1 where there is no object
+    color: Tensor  # [N, 4] index into COLORS
+    size: Tensor  # [N, 4] index into RADIUS
+    anchor: Tensor  # [N, 4, 2] (x, y) around which the centre is drawn
     background: Tensor  # [N] index into BACKGROUNDS or -1
 
     def __getitem__(self, index) -> Scenes:  # type: ignore[override]
@@ -54,10 +54,10 @@ class Scenes(NamedTuple):
 class Layout(NamedTuple):
     """N pictures, ready to draw."""
 
-    shape: Tensor  # [N, 5] index into SHAPES, -1 where there is no object
-    rgb: Tensor  # [N, 5, 3] in 0..1
-    center: Tensor  # [N, 5, 2] (x, y) in 0..1
-    radius: Tensor  # [N, 5]
+    shape: Tensor  # [N, 4] index into SHAPES, -1 where there is no object
+    rgb: Tensor  # [N, 4, 3] in 0..1
+    center: Tensor  # [N, 4, 2] (x, y) in 0..1
+    radius: Tensor  # [N, 4]
     background: Tensor  # [N, 3] in 0..1
 
 
@@ -74,7 +74,7 @@ def anchors(scene: Scene) -> list[tuple[float, float]]:
     if sum(counts) == 3 and len(counts) != 2:
         return [(0.5, 0.3), (0.28, 0.7), (0.72, 0.7)]
     rows = {(1,): [1], (2,): [2], (4,): [2, 2], (1, 1): [2]}.get(tuple(counts), counts)
-    heights = [0.5] if len(rows) == 1 else [0.3, 0.7]
+    heights = [0.5] if len(rows) == 1 else [0.28, 0.72]
     return [(x, y) for count, y in zip(rows, heights, strict=True) for x in _spread(count)]
 
 
@@ -110,7 +110,7 @@ def arrange(scenes: Scenes, generator: torch.Generator | None = None) -> Layout:
     def uniform(*size: int) -> Tensor:
         return torch.rand(n, *size, generator=generator, device=device)
 
-    bounds = torch.tensor(list(RADIUS.values()), device=device)[scenes.size]  # [N, 5, 2]
+    bounds = torch.tensor(list(RADIUS.values()), device=device)[scenes.size]  # [N, 4, 2]
     bounds = bounds[:, None]
     radius = torch.lerp(bounds[..., 0], bounds[..., 1], uniform(CANDIDATES, MAX_OBJECTS))
     shift = JITTER * (2 * uniform(CANDIDATES, MAX_OBJECTS, 2) - 1)
@@ -166,7 +166,7 @@ def render(
 
 
 def _spread(count: int) -> list[float]:
-    return {1: [0.5], 2: [0.3, 0.7], 3: [0.2, 0.5, 0.8]}[count]
+    return {1: [0.5], 2: [0.28, 0.72], 3: [0.2, 0.5, 0.8]}[count]
 
 
 def _circle(x: Tensor, y: Tensor) -> Tensor:
