@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,16 @@ class UnsupportedError(ValueError):
     """A named implementation cannot run these inputs here; the message lists every reason."""
 
 
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *,
+    scale: float | None = None, return_lse: Literal[False] = False, impl: str = "auto",
+) -> Tensor: ...  # fmt: skip
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *,
+    scale: float | None = None, return_lse: Literal[True], impl: str = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,

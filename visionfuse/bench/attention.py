@@ -40,7 +40,7 @@ class Case:
     impls: tuple[str, ...]
 
 
-def _window(window, stride=1) -> Neighborhood:
+def _window(window: tuple[int, ...], stride: int | tuple[int, ...] = 1) -> Neighborhood:
     return Neighborhood(window=window, stride=stride)
 
 
@@ -102,11 +102,11 @@ def measure(case: Case, device: torch.device, *, suite: str, seconds: float) -> 
             row = Row(suite=suite, case=case.name, impl=impl, recipe=_recipe(case.spec),
                       baseline="dense", density=plan.density)  # fmt: skip
             rows[impl] = row
-            ordered = [_moved(x, plan.permutation) for x in (q, k, v)]
-            if reasons := unsupported_reasons(impl, *ordered, plan.blocks):
+            q_o, k_o, v_o = (_moved(x, plan.permutation) for x in (q, k, v))
+            if reasons := unsupported_reasons(impl, q_o, k_o, v_o, plan.blocks):
                 row.note = "; ".join(reasons)
                 continue
-            call = _sparse(ordered, plan, impl)
+            call = _sparse(q_o, k_o, v_o, plan, impl)
             row.rel_l1, row.cosine = _errors(_moved(call(), plan.inverse), q, k, v, case)
             if row.rel_l1 > MOST_ERROR[dtype]:
                 raise RuntimeError(
@@ -138,25 +138,30 @@ def measure(case: Case, device: torch.device, *, suite: str, seconds: float) -> 
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # heads first
     if not q.is_cuda:
-        return lambda: scaled_dot_product_attention(*heads_first)
+        return lambda: scaled_dot_product_attention(q, k, v)
 
-    def dense():
+    def dense() -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return scaled_dot_product_attention(*heads_first)
+            return scaled_dot_product_attention(q, k, v)
 
     return dense
 
 
-def _sparse(ordered: list[Tensor], plan: AttentionPlan, impl: str) -> Callable[[], Tensor]:
-    return lambda: block_sparse_attention(*ordered, plan.blocks, impl=impl)
+def _sparse(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, impl: str
+) -> Callable[[], Tensor]:
+    return lambda: block_sparse_attention(q, k, v, plan.blocks, impl=impl)
 
 
-def _with_order(q, k, v, plan: AttentionPlan, impl: str) -> Callable[[], Tensor]:
-    def call():
-        ordered = [_moved(x, plan.permutation) for x in (q, k, v)]
-        return _moved(block_sparse_attention(*ordered, plan.blocks, impl=impl), plan.inverse)
+def _with_order(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, impl: str
+) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        q_o, k_o, v_o = (_moved(x, plan.permutation) for x in (q, k, v))
+        out = block_sparse_attention(q_o, k_o, v_o, plan.blocks, impl=impl)
+        return _moved(out, plan.inverse)
 
     return call
 
@@ -212,7 +217,7 @@ def _peak_gib(call: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("assets/bench"), help="folder of the CSV")
     parser.add_argument("--device", choices=("cpu", "cuda"),
                         default="cuda" if torch.cuda.is_available() else "cpu")  # fmt: skip
