@@ -1,7 +1,7 @@
 """The caption language of the shapes data set: scenes, their text, and the held-out split.
 
-A scene is a list of groups ("two small red circles"), at most one relation between them and a
-background. `Scene.text` writes it in English, `parse` reads that text back, `sample` draws one.
+A scene is one to three groups ("two small red circles"), at most one relation between two of them and
+a background. `Scene.text` writes it in English, `parse` reads that text back, `sample` draws one.
 
 Two things keep the test captions out of training (`is_held_out`): six colour-shape pairs that no
 training caption names, and one sixteenth of all other captions, chosen by a checksum of the text.
@@ -48,15 +48,13 @@ PLACES = {
     "on the left": (-1, None),
     "on the right": (1, None),
 }
-# (axis, sign): along axis 0 (x) or 1 (y), the groups stand in rising (+1) or falling (-1) order.
+# (axis, sign): along axis 0 (x) or 1 (y), the two groups stand in rising (+1) or falling (-1) order.
 BETWEEN = {
     "above": (1, 1),
     "below": (1, -1),
     "to the left of": (0, 1),
     "to the right of": (0, -1),
 }
-ROWS = {"from left to right": (0, 1), "from top to bottom": (1, 1)}
-RELATIONS = BETWEEN | ROWS
 
 HELD_OUT_PAIRS = frozenset(
     {
@@ -71,7 +69,7 @@ HELD_OUT_PAIRS = frozenset(
 PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 TRAIN_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT_PAIRS)
 
-# How often each kind of caption is drawn; two thirds name two objects or more.
+# How often each kind of caption is drawn; seven in ten name two objects or more.
 KINDS = {
     "single": 0.14,
     "place": 0.16,
@@ -115,24 +113,22 @@ class Scene:
     @property
     def text(self) -> str:
         texts = [group.text for group in self.groups]
-        if self.relation in BETWEEN:
+        if self.relation:
             body = f"{texts[0]} {self.relation} {texts[1]}"
         else:
             body = ", ".join(texts[:-1]) + " and " + texts[-1] if len(texts) > 1 else texts[0]
-            body += f" {self.relation}" if self.relation else ""
         return f"{body} on a {self.background} background" if self.background else body
 
     @property
     def kind(self) -> str:
         """The row of `KINDS` this scene belongs to."""
         if self.relation:
-            return "relation" if self.relation in BETWEEN else "row"
-        counted = any(group.count > 1 for group in self.groups)
+            return "relation"
+        if any(group.count > 1 for group in self.groups):
+            return "count"
         placed = any(group.place for group in self.groups)
         if len(self.groups) == 1:
-            return "count" if counted else "place" if placed else "single"
-        if counted:
-            return "counts"
+            return "place" if placed else "single"
         return "places" if placed else "pair" if len(self.groups) == 2 else "list"
 
     @property
@@ -151,24 +147,21 @@ def is_held_out(scene: Scene) -> bool:
 def sample(rng: random.Random, pairs: tuple[tuple[str, str], ...] = PAIRS) -> Scene:
     """Draw one scene whose groups have distinct (colour, shape) pairs out of `pairs`."""
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
-    counts = {
-        "count": lambda: [rng.randint(2, 4)],
-        "list": lambda: [1, 1, 1],
-    }.get(kind, lambda: [1] if kind in ("single", "place") else [1, 1])()
-    rng.shuffle(counts)
+    groups_of = {"single": 1, "place": 1, "list": 3}
+    counts = [rng.randint(2, MAX_OBJECTS)] if kind == "count" else [1] * groups_of.get(kind, 2)
+    rng.shuffle(counts)  # moves nothing, but a seed must keep giving the captions it always gave
     places = {"place": 1, "places": 2}.get(kind, 0)
     named = rng.sample(list(PLACES), places) + [""] * (len(counts) - places)
-    # Three large objects leave no room in a row, so crowds name "small" or nothing.
+    # Three large objects leave each other little room, so crowds name "small" or nothing.
     sizes = ("", *SIZES) if sum(counts) < 3 else ("", "small")
     chosen = rng.sample(pairs, len(counts))
     groups = tuple(
         Group(color=color, shape=shape, count=count, size=rng.choice(sizes), place=place)
         for (color, shape), count, place in zip(chosen, counts, named, strict=True)
     )
-    relations = {"relation": BETWEEN, "row": ROWS}.get(kind)
     return Scene(
         groups=groups,
-        relation=rng.choice(list(relations)) if relations else "",
+        relation=rng.choice(list(BETWEEN)) if kind == "relation" else "",
         background=rng.choice(list(BACKGROUNDS)) if rng.random() < 0.85 else "",
     )
 
@@ -201,12 +194,10 @@ def parse(text: str) -> Scene:
     Raises:
         ValueError: `text` is not in the caption language.
     """
-    body, background = text.strip().rstrip("."), ""
+    body, background, relation = text.strip().rstrip("."), "", ""
     if match := re.fullmatch(rf"(.*) on an? ({'|'.join(BACKGROUNDS)}) background", body):
         body, background = match.groups()
-    relation = next((row for row in ROWS if body.endswith(f" {row}")), "")
-    body = body.removesuffix(f" {relation}") if relation else body
-    if not relation and (match := re.fullmatch(rf"(.*?) ({'|'.join(BETWEEN)}) (.*)", body)):
+    if match := re.fullmatch(rf"(.*?) ({'|'.join(BETWEEN)}) (.*)", body):
         relation, parts = match[2], [match[1], match[3]]
     else:
         parts = re.split(r", and |, | and ", body)
@@ -215,11 +206,14 @@ def parse(text: str) -> Scene:
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word that a caption can contain, and the comma."""
+    """Every word that a caption can contain, "from", and the comma.
+
+    No caption says "from", but the tokenizers and embeddings of flux-micro are made of this list.
+    """
     words = ["a", "an", "and", "on", "background", *NUMBERS, *SIZES, *COLORS, *BACKGROUNDS]
     words += [*SHAPES, *map(_plural, SHAPES)]
-    words += [word for phrase in (*PLACES, *RELATIONS) for word in phrase.split()]
-    return (*dict.fromkeys(words), ",")
+    words += [word for phrase in (*PLACES, *BETWEEN) for word in phrase.split()]
+    return (*dict.fromkeys(words), "from", ",")
 
 
 def _plural(shape: str) -> str:

@@ -20,9 +20,9 @@ import torch
 
 from visionfuse.shapes.captions import (
     BACKGROUNDS,
+    BETWEEN,
     COLORS,
     PLACES,
-    RELATIONS,
     SHAPES,
     Group,
     Scene,
@@ -36,7 +36,7 @@ PURE = 0.9  # share of an object's inner pixels that must be near its median col
 OVERLAP = 0.80  # intersection over union with the best template; the wrong ones reach 0.75
 SPECK = 0.0004  # share of the image below which a piece is anti-aliasing dust
 LARGE = 0.112  # radius (half the longer bounding-box side) from which an object is large
-ORDERED = 0.1  # least distance of neighbouring centres along a relation; drawn ones keep 0.2
+ORDERED = 0.1  # least distance of the centres along a relation; drawn ones keep 0.36
 THIRDS = {-1: (0.0, 0.38), 0: (0.36, 0.64), 1: (0.62, 1.0), None: (0.0, 1.0)}
 READ_SIDE = 512  # smaller pictures are enlarged, or the filter would blunt the tips of stars
 EDGE = 9  # pixels of READ_SIDE: the anti-aliased rim on both sides, left out of an object's colour
@@ -64,12 +64,14 @@ class Verdict:
     found: tuple[Found, ...]
 
 
-def score(images: Sequence[object], captions: Sequence[str | Scene]) -> list[Verdict]:
+def score(
+    images: Sequence[object] | torch.Tensor, captions: Sequence[str | Scene]
+) -> list[Verdict]:
     """Judge each image against its caption.
 
     Args:
         images: PIL images, uint8 arrays `[H, W, 3]`, or float tensors `[3, H, W]` in 0..1; RGB,
-            square, 128 pixels or more a side.
+            square, 128 pixels or more a side. A list of them, or a tensor `[N, 3, H, W]`.
         captions: texts of the caption language, or scenes.
 
     Raises:
@@ -118,7 +120,9 @@ def check(scene: Scene, background: str, found: Sequence[Found]) -> str:
     tests = {
         "shape": lambda order: all(f.shape == o.shape for f, o in zip(order, objects, strict=True)),
         "color": lambda order: all(f.color == o.color for f, o in zip(order, objects, strict=True)),
-        "size": lambda order: all(o.size in ("", f.size) for f, o in zip(order, objects, strict=True)),
+        "size": lambda order: all(
+            o.size in ("", f.size) for f, o in zip(order, objects, strict=True)
+        ),
         "place": lambda order: all(_is_at(f, o) for f, o in zip(order, objects, strict=True)),
         "relation": lambda order: _is_ordered(order, scene.relation),
     }
@@ -162,7 +166,9 @@ def _read_piece(
     import cv2
 
     core = np.ones((EDGE, EDGE), np.uint8)
-    inner = cv2.erode(mask.astype(np.uint8), core, borderType=cv2.BORDER_CONSTANT, borderValue=0) > 0
+    inner = (
+        cv2.erode(mask.astype(np.uint8), core, borderType=cv2.BORDER_CONSTANT, borderValue=0) > 0
+    )
     inner = inner if inner.any() else mask
     median = np.median(lab[inner], axis=0)
     from_color = _distance(lab, median)
@@ -259,7 +265,7 @@ def _is_at(found: Found, group: Group) -> bool:
 def _is_ordered(order: Sequence[Found], relation: str) -> bool:
     if not relation:
         return True
-    axis, sign = RELATIONS[relation]
+    axis, sign = BETWEEN[relation]
     values = [sign * found.center[axis] for found in order]
     return all(after - before >= ORDERED for before, after in pairwise(values))
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from visionfuse.shapes.captions import (
     BACKGROUNDS,
+    BETWEEN,
     COLORS,
     MAX_OBJECTS,
     PLACES,
-    RELATIONS,
     SHAPES,
     Scene,
 )
@@ -32,17 +32,25 @@ JITTER = 0.04  # around the anchor, in x and y
 GAP = 0.04  # one 8-pixel token at 256x256 is 0.031
 MARGIN = 0.03  # between an object and the image border
 THIRDS = {-1: 0.2, 0: 0.5, 1: 0.8, None: 0.5}
+NEAR, FAR = 0.28, 0.72  # of two objects side by side
+# Where objects without a place or a relation stand, by their number.
+ANCHORS = {
+    1: [(0.5, 0.5)],
+    2: [(NEAR, 0.5), (FAR, 0.5)],
+    3: [(0.5, 0.3), (NEAR, 0.7), (FAR, 0.7)],
+    4: [(NEAR, NEAR), (FAR, NEAR), (NEAR, FAR), (FAR, FAR)],
+}
 CANDIDATES = 32  # layouts tried per image
 
 
 class Scenes(NamedTuple):
-    """N scenes as tensors. Unnamed attributes are -1."""
+    """N scenes as tensors, with room for `MAX_OBJECTS` = 4 objects each."""
 
     shape: Tensor  # [N, 4] index into SHAPES, -1 where there is no object
-    color: Tensor  # [N, 4] index into COLORS
-    size: Tensor  # [N, 4] index into RADIUS
+    color: Tensor  # [N, 4] index into COLORS, 0 where there is no object
+    size: Tensor  # [N, 4] index into RADIUS, whose entry 0 is for objects without a size word
     anchor: Tensor  # [N, 4, 2] (x, y) around which the centre is drawn
-    background: Tensor  # [N] index into BACKGROUNDS or -1
+    background: Tensor  # [N] index into BACKGROUNDS, -1 where the caption names none
 
     def __getitem__(self, index) -> Scenes:  # type: ignore[override]
         return Scenes(*(tensor[index] for tensor in tuple(self)))
@@ -63,19 +71,14 @@ class Layout(NamedTuple):
 
 def anchors(scene: Scene) -> list[tuple[float, float]]:
     """Where the objects of a scene stand, (x, y) in 0..1, before the jitter."""
-    counts = [group.count for group in scene.groups]
     if scene.relation:
-        axis, sign = RELATIONS[scene.relation]
-        values = _spread(len(counts))[::sign]
+        axis, sign = BETWEEN[scene.relation]
+        values = (NEAR, FAR)[::sign]
         return [(value, 0.5) if axis == 0 else (0.5, value) for value in values]
     if any(group.place for group in scene.groups):
         thirds = [PLACES[group.place] for group in scene.groups]
         return [(THIRDS[column], THIRDS[row]) for column, row in thirds]
-    if sum(counts) == 3 and len(counts) != 2:
-        return [(0.5, 0.3), (0.28, 0.7), (0.72, 0.7)]
-    rows = {(1,): [1], (2,): [2], (4,): [2, 2], (1, 1): [2]}.get(tuple(counts), counts)
-    heights = [0.5] if len(rows) == 1 else [0.28, 0.72]
-    return [(x, y) for count, y in zip(rows, heights, strict=True) for x in _spread(count)]
+    return ANCHORS[len(scene.objects)]
 
 
 def pack(scenes: Sequence[Scene]) -> Scenes:
@@ -115,12 +118,12 @@ def arrange(scenes: Scenes, generator: torch.Generator | None = None) -> Layout:
     radius = torch.lerp(bounds[..., 0], bounds[..., 1], uniform(CANDIDATES, MAX_OBJECTS))
     shift = JITTER * (2 * uniform(CANDIDATES, MAX_OBJECTS, 2) - 1)
     edge = (radius + MARGIN)[..., None]
-    center = torch.clamp(scenes.anchor[:, None] + shift, edge, 1 - edge)  # [N, K, 5, 2]
+    center = torch.clamp(scenes.anchor[:, None] + shift, edge, 1 - edge)  # [N, K, 4, 2]
 
     first, second = torch.triu_indices(MAX_OBJECTS, MAX_OBJECTS, 1, device=device)
-    apart = (center[:, :, second] - center[:, :, first]).abs().amax(-1)  # [N, K, 10]
+    apart = (center[:, :, second] - center[:, :, first]).abs().amax(-1)  # [N, K, 6]
     room = apart - radius[:, :, first] - radius[:, :, second] - GAP
-    present = (scenes.shape >= 0)[:, None]  # [N, 1, 5]
+    present = (scenes.shape >= 0)[:, None]  # [N, 1, 4]
     both = present[..., first] & present[..., second]
     slack = torch.where(both, room, 1.0).amin(-1).clamp(max=0)  # [N, K], 0 where it fits
     slack = slack - 1e-6 * torch.arange(CANDIDATES, device=device)  # the first of equals
@@ -163,10 +166,6 @@ def render(
     """Draw a random true picture of each scene: `[N, 3, side, side]` in 0..1."""
     generator = torch.Generator(device).manual_seed(seed)
     return draw(arrange(pack(scenes).to(device), generator), side)
-
-
-def _spread(count: int) -> list[float]:
-    return {1: [0.5], 2: [0.28, 0.72], 3: [0.2, 0.5, 0.8]}[count]
 
 
 def _circle(x: Tensor, y: Tensor) -> Tensor:
