@@ -190,12 +190,12 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for group in self.param_groups:
-            stacks: dict[torch.Size, list[nn.Parameter]] = {}
+            stacks: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    stacks.setdefault(p.shape, []).append(p)
-            for shape, params in stacks.items():
-                grads = [p.grad for p in params]
+                    stacks.setdefault(p.shape, []).append((p, p.grad))
+            for shape, stack in stacks.items():
+                params, grads = [p for p, _ in stack], [grad for _, grad in stack]
                 buffers = [self._momentum(p) for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
@@ -203,7 +203,7 @@ class Muon(torch.optim.Optimizer):
                 scale = -group["lr"] * 0.2 * max(shape) ** 0.5
                 torch._foreach_add_(params, list(update.to(params[0].dtype).unbind(0)), alpha=scale)
 
-    def _momentum(self, p: nn.Parameter) -> Tensor:
+    def _momentum(self, p: Tensor) -> Tensor:
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)

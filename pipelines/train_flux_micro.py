@@ -188,7 +188,7 @@ def train_flow(pipe: FluxPipeline, data: Data, args: argparse.Namespace) -> None
         # compile runs eagerly.
         torch._inductor.config.triton.coalesce_tiling_analysis = False
         torch._dynamo.config.suppress_errors = True
-        live["transformer"].compile_repeated_blocks(dynamic=True)
+        pipe.transformer.compile_repeated_blocks(dynamic=True)
 
     def keep() -> None:
         (args.out / "log.json").write_text(json.dumps(log))
