@@ -237,7 +237,7 @@ def kernel_report(kernel) -> KernelReport:
     import triton
 
     ptxas = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
-    arch = re.search(r"\.target (sm_\w+)", kernel.asm["ptx"])[1]
+    arch = _found(r"\.target (sm_\w+)", kernel.asm["ptx"])
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"])
@@ -248,7 +248,15 @@ def kernel_report(kernel) -> KernelReport:
     return KernelReport(
         serialized="serialized" in log,
         shared=kernel.metadata.shared,
-        registers=int(re.search(r"Used (\d+) registers", log)[1]),
-        spills=int(re.search(r"(\d+) bytes spill stores", log)[1]),
+        registers=int(_found(r"Used (\d+) registers", log)),
+        spills=int(_found(r"(\d+) bytes spill stores", log)),
         assembly=kernel.asm["ptx"],
     )
+
+
+def _found(pattern: str, text: str) -> str:
+    """The group of the first match; the message shows the text where a new ptxas writes another one."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"{pattern!r} does not occur in:\n{text[:2000]}")
+    return match[1]
