@@ -64,6 +64,8 @@ assert "visionfuse" not in list(AttentionBackendName)  # only once a pipeline is
 def test_every_export_exists():
     import visionfuse
 
+    tables = {*visionfuse._EXPORTS, *visionfuse._MODULES, "__version__"}
+    assert set(visionfuse.__all__) == tables
     for name in visionfuse.__all__:
         assert getattr(visionfuse, name) is not None
         assert name in dir(visionfuse)

@@ -11,8 +11,27 @@ Importing it loads neither diffusers nor Triton; every name below is imported on
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from .install import install as _install
+
+if TYPE_CHECKING:  # what __getattr__ returns, for type checkers and editors
+    from . import recipes
+    from .kernels.attention import block_sparse_attention
+    from .kernels.order import Order
+    from .kernels.plan import (
+        AttentionPlan,
+        Dense,
+        Neighborhood,
+        Segment,
+        TokenLayout,
+        plan_attention,
+    )
+    from .patching import disable_visionfuse, enable_visionfuse
+    from .recipe import Precision, Recipe
+    from .recipes import RECIPES
+    from .reporting import Report, report
+    from .schedule import Schedule
 
 __version__ = "0.1.0"
 
@@ -37,7 +56,27 @@ _EXPORTS = {
 
 _MODULES = ("recipes",)
 
-__all__ = sorted([*_EXPORTS, *_MODULES, "__version__"])
+# Literal for type checkers; tests/test_import.py compares it with the tables above.
+__all__ = [
+    "RECIPES",
+    "AttentionPlan",
+    "Dense",
+    "Neighborhood",
+    "Order",
+    "Precision",
+    "Recipe",
+    "Report",
+    "Schedule",
+    "Segment",
+    "TokenLayout",
+    "__version__",
+    "block_sparse_attention",
+    "disable_visionfuse",
+    "enable_visionfuse",
+    "plan_attention",
+    "recipes",
+    "report",
+]
 
 
 def __getattr__(name: str):
