@@ -45,10 +45,9 @@ def build(*, width: int = 192, double: int = 2, single: int = 6) -> FluxPipeline
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True,
-            # Flat shapes show through the noise early: what a picture says is decided at t > 0.85,
-            # so most steps go there (exp(2.0) at 256x256, exp(2.5) at 512x512).
-            base_shift=1.9,
-            max_shift=2.5,
+            # Layouts are decided above t = 0.85: the first third of the steps at exp(1.0).
+            base_shift=0.9,
+            max_shift=1.1,
             base_image_seq_len=256,
             max_image_seq_len=4096,
         ),

@@ -20,9 +20,8 @@ from .schedule import Schedule
 RECIPES: dict[str, Callable[..., Recipe]] = {}
 
 # Defaults of "gna". The share of dense steps is the paper's for FLUX (9 of 28); the density keeps a
-# recipe independent of the resolution, and the stride lets whole blocks share one window.
+# recipe independent of the resolution.
 GNA_DENSITY = 0.3
-GNA_STRIDE = 8
 GNA_DENSE_START = 9 / 28
 
 
@@ -89,8 +88,8 @@ def gna(
     """Generalized neighborhood attention (arXiv 2504.16922).
 
     window: keys per axis; or density: share of the grid that a query sees (default 0.3), which
-        follows the resolution. stride, dilation, causal: as in `Neighborhood`; the stride is 8, or
-        the window where that is smaller.
+        follows the resolution. stride, dilation, causal: as in `Neighborhood`; without a stride the
+        windows move by up to 16 tokens, so that whole blocks share one.
     dense_start, dense_steps: the part of the run that stays dense, 9/28 of it by default.
     min_steps: shorter runs stay dense; 9, or 0 when dense_start or dense_steps asks for a plan.
 
@@ -102,8 +101,6 @@ def gna(
         )
     if window is None and density is None:
         density = GNA_DENSITY
-    if stride is None:
-        stride = GNA_STRIDE if window is None else _default_stride(window)
     if dense_start is not None and dense_steps is not None:
         raise ValueError(
             f"Give either dense_start (a share of the run) or dense_steps (a number of steps), got "
@@ -127,9 +124,3 @@ def gna(
             min_steps=min_steps,
         ),
     )
-
-
-def _default_stride(window) -> int | tuple[int, ...]:
-    if isinstance(window, int):
-        return max(1, min(GNA_STRIDE, window))
-    return tuple(GNA_STRIDE if w is None else max(1, min(GNA_STRIDE, w)) for w in window)

@@ -37,12 +37,13 @@ class Neighborhood:
     window: keys per axis (an int serves every axis, None on an axis takes the whole axis).
     density: instead of a window, the share of the grid that a query should see, in (0, 1]; the
         window keeps the grid's proportions, so one recipe serves every resolution.
-    stride, dilation, causal: as in the module docstring, one value or one per axis.
+    stride, dilation, causal: as in the module docstring, one value or one per axis. stride=None follows
+        the grid: the largest power of two up to a quarter of the axis, at most 16 and the window.
     """
 
     window: int | tuple[int | None, ...] | None = None
     density: float | None = None
-    stride: int | tuple[int, ...] = 1
+    stride: int | tuple[int, ...] | None = 1
     dilation: int | tuple[int, ...] = 1
     causal: bool | tuple[bool, ...] = False
 
@@ -64,7 +65,10 @@ class Neighborhood:
         rank = len(grid)
         if not 1 <= rank <= 3:
             raise ValueError(f"Neighborhoods exist on grids of 1 to 3 axes, got grid={grid}.")
-        stride = _per_axis("stride", self.stride, grid)
+        stride = tuple(
+            _default_stride(n) if s is None else s
+            for n, s in zip(grid, _per_axis("stride", self.stride, grid), strict=True)
+        )
         dilation = _per_axis("dilation", self.dilation, grid)
         causal = tuple(bool(c) for c in _per_axis("causal", self.causal, grid))
         if self.density is not None:
@@ -81,6 +85,8 @@ class Neighborhood:
                 for w, n, d in zip(_per_axis("window", self.window, grid), grid, dilation,
                                    strict=True)
             )  # fmt: skip
+            if self.stride is None:
+                stride = tuple(min(s, w) for s, w in zip(stride, window, strict=True))
         for axis, (n, w, s, d) in enumerate(zip(grid, window, stride, dilation, strict=True)):
             where = f"on axis {axis} of the grid {grid}: window={w}, stride={s}, dilation={d}"
             if w < 1 or s < 1 or d < 1:
@@ -170,6 +176,11 @@ def neighborhood_mask(spec: NeighborhoodOnGrid, device=None) -> Tensor:
             mask.shape[0] * n, mask.shape[1] * n
         )
     return mask
+
+
+def _default_stride(n: int) -> int:
+    """Windows that move by whole blocks need no masks, and blocks of 8 x 16 tokens are what GPUs multiply."""
+    return min(16, 1 << max(n // 4, 1).bit_length() - 1)
 
 
 def _per_axis(name: str, value, grid: tuple[int, ...]) -> tuple:

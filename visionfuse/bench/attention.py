@@ -74,11 +74,15 @@ def gpu_cases() -> list[Case]:
 def cpu_cases() -> list[Case]:
     return [
         Case(
-            name="128x128 grid, 8 heads of 64, density 0.1",
-            layout=TokenLayout.joint(grids=[(128, 128)]), spec=Neighborhood(density=0.1), heads=8,
-            head_dim=64, impls=("blocks",),
+            name=f"128x128 grid, 8 heads of 64, density 0.1, stride {stride}",
+            layout=TokenLayout.joint(grids=[(128, 128)]),
+            spec=Neighborhood(density=0.1, stride=stride),
+            heads=8,
+            head_dim=64,
+            impls=("blocks",),
         )
-    ]  # fmt: skip
+        for stride in (8, 1)
+    ]
 
 
 def measure(case: Case, device: torch.device, *, suite: str, seconds: float) -> list[Row]:

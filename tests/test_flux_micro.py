@@ -1,0 +1,71 @@
+"""The model that ships with the project: loads in stock diffusers, small, and draws what it can draw."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from visionfuse.shapes import score
+from visionfuse.shapes.captions import parse
+
+FOLDER = Path(__file__).resolve().parents[1] / "assets" / "flux-micro"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(FOLDER, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, captions, **options):
+    return pipe(
+        captions,
+        height=256,
+        width=256,
+        num_inference_steps=12,
+        max_sequence_length=64,
+        generator=torch.Generator().manual_seed(0),
+        **options,
+    ).images
+
+
+def test_folder_is_small_and_names_no_machine():
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20e6
+    assert not any("_name_or_path" in path.read_text() for path in FOLDER.rglob("config.json"))
+
+
+def test_one_token_is_eight_pixels(pipe):
+    assert pipe.vae_scale_factor == 4
+    assert 5e6 < sum(p.numel() for p in pipe.transformer.parameters()) < 7e6
+
+
+def test_draws_single_objects(pipe):
+    captions = [
+        "a large pink square on a black background",
+        "a small purple ring on a beige background",
+        "a large cyan square",
+        "a small blue square on a black background",
+        "a yellow cross",
+        "two large cyan stars on a white background",
+    ]
+    verdicts = score(draw(pipe, captions), [parse(caption) for caption in captions])
+    right = [verdict.right for verdict in verdicts]
+    assert sum(right) >= 3, list(zip(captions, right, strict=True))
+
+
+def test_recipe_with_the_whole_grid_changes_nothing(pipe):
+    import visionfuse  # noqa: F401  (adds enable_visionfuse)
+
+    caption = ["a large pink square on a black background"]
+    stock = draw(pipe, caption, output_type="pt")
+    pipe.enable_visionfuse("gna", window=32, stride=1, dense_steps=0)
+    same = draw(pipe, caption, output_type="pt")
+    pipe.enable_visionfuse("gna", window=12, stride=4, dense_steps=4)
+    sparse = draw(pipe, caption, output_type="pt")
+    pipe.disable_visionfuse()
+    torch.testing.assert_close(same, stock, atol=1e-4, rtol=0)
+    assert 1e-4 < (sparse - stock).abs().mean() < 0.2
