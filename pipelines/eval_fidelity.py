@@ -1,7 +1,7 @@
 """Measure how many held-out captions a model draws fully right.
 
     python pipelines/eval_fidelity.py --model assets/flux-micro --side 256 --captions 500
-    python pipelines/eval_fidelity.py --side 512 --recipe sta --option density=0.25
+    python pipelines/eval_fidelity.py --side 512 --recipe gna --option density=0.5
 
 The stock pipeline draws `--captions` held-out captions, half of them with colour-shape pairs that
 were never trained on; OpenCV reads the pictures back (`visionfuse.shapes.fidelity`). Prints a table
