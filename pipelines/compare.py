@@ -49,15 +49,21 @@ def difference(a: Image.Image, b: Image.Image) -> Difference:
     """Raises ValueError for images of different sizes."""
     if a.size != b.size:
         raise ValueError(f"Images of different sizes cannot be compared: {a.size} and {b.size}.")
-    x, y = (np.asarray(image.convert("RGB"), np.float32) for image in (a, b))
+    levels = [np.asarray(image.convert("RGB")) for image in (a, b)]
+    x, y = (image.astype(np.float32) for image in levels)
     error = np.abs(x - y)
-    mse = float(np.square(error, dtype=np.float64).mean())
     return Difference(
-        psnr=10 * float(np.log10(255**2 / mse)) if mse else float("inf"),
+        psnr=psnr(*levels),
         ssim=_ssim(x, y),
         mean=float(error.mean()),
         largest=int(error.max()),
     )
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two uint8 arrays of one shape, in decibels; infinite for equal ones."""
+    mse = float(np.square(np.subtract(a, b, dtype=np.int16), dtype=np.int32).mean())
+    return 10 * float(np.log10(255**2 / mse)) if mse else float("inf")
 
 
 def _ssim(x: np.ndarray, y: np.ndarray) -> float:

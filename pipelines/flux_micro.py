@@ -33,11 +33,14 @@ TOKEN_PIXELS = 8
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation
 
 
-def build(*, width: int = 192, double: int = 2, single: int = 6) -> FluxPipeline:
+def build(
+    *, width: int = 192, head_dim: int = 32, double: int = 2, single: int = 6
+) -> FluxPipeline:
     """A complete pipeline with random weights in float32.
 
     Args:
-        width: transformer width, a multiple of the head size 64.
+        width: transformer width, a multiple of `head_dim`.
+        head_dim: channels of an attention head, 32 or 64; both image axes get the same share of it.
         double: number of two-stream blocks.
         single: number of one-stream blocks.
     """
@@ -61,12 +64,12 @@ def build(*, width: int = 192, double: int = 2, single: int = 6) -> FluxPipeline
             in_channels=4 * LATENT_CHANNELS,
             num_layers=double,
             num_single_layers=single,
-            attention_head_dim=64,
-            num_attention_heads=width // 64,
+            attention_head_dim=head_dim,
+            num_attention_heads=width // head_dim,
             joint_attention_dim=TEXT_WIDTH,
             pooled_projection_dim=TEXT_WIDTH,
             guidance_embeds=False,
-            axes_dims_rope=(8, 28, 28),
+            axes_dims_rope=(head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16),
         ),
     )
     _initialise(pipe.transformer)

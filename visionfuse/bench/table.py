@@ -53,14 +53,14 @@ def write_rows(rows: list[Row], folder: Path) -> Path:
     """Write the rows of one suite to `folder/<suite>.csv`, with machine, versions, commit and date."""
     if len({row.suite for row in rows}) != 1:
         raise ValueError(f"Rows of one suite expected, got {sorted({row.suite for row in rows})}.")
-    facts = _environment()
+    facts = environment()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{rows[0].suite}.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({name: _text(value) for name, value in (asdict(row) | facts).items()})
+            writer.writerow({name: as_text(value) for name, value in (asdict(row) | facts).items()})
     return path
 
 
@@ -69,21 +69,26 @@ def show_rows(rows: list[Row], *, title: str) -> None:
     for name in SHOWN:
         table.add_column(name, justify="left" if name in ("case", "impl", "note") else "right")
     for row in rows:
-        table.add_row(*(_text(getattr(row, name)) for name in SHOWN))
+        table.add_row(*(as_text(getattr(row, name)) for name in SHOWN))
     Console().print(table)
 
 
-def _text(value) -> str:
+def as_text(value) -> str:
+    """Four digits of a float; nothing for None."""
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _environment() -> dict[str, str]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
-        text=True,
-    )  # fmt: skip
+def environment() -> dict[str, str]:
+    """GPU, versions, commit and date: what every row names."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+            text=True,
+        ).stdout.strip()  # fmt: skip
+    except OSError:  # no git here, as on a machine that got a copy of the tree
+        commit = ""
     try:
         triton = version("triton")
     except PackageNotFoundError:
@@ -93,6 +98,6 @@ def _environment() -> dict[str, str]:
         "gpu": torch.cuda.get_device_name() if cuda else "",
         "torch": torch.__version__,
         "triton": triton,
-        "commit": commit.stdout.strip(),
+        "commit": commit,
         "date": datetime.now(UTC).date().isoformat(),
     }

@@ -93,7 +93,7 @@ class Group:
 
     @property
     def text(self) -> str:
-        noun = self.shape if self.count == 1 else _plural(self.shape)
+        noun = self.shape if self.count == 1 else plural(self.shape)
         words = [word for word in (self.size, self.color, noun, self.place) if word]
         if self.count == 1:
             words.insert(0, "an" if words[0][0] in "aeiou" else "a")
@@ -211,16 +211,16 @@ def vocabulary() -> tuple[str, ...]:
     No caption says "from", but the tokenizers and embeddings of flux-micro are made of this list.
     """
     words = ["a", "an", "and", "on", "background", *NUMBERS, *SIZES, *COLORS, *BACKGROUNDS]
-    words += [*SHAPES, *map(_plural, SHAPES)]
+    words += [*SHAPES, *map(plural, SHAPES)]
     words += [word for phrase in (*PLACES, *BETWEEN) for word in phrase.split()]
     return (*dict.fromkeys(words), "from", ",")
 
 
-def _plural(shape: str) -> str:
+def plural(shape: str) -> str:
     return shape + ("es" if shape.endswith("s") else "s")
 
 
-_SINGULAR = {_plural(shape): shape for shape in SHAPES} | {shape: shape for shape in SHAPES}
+_SINGULAR = {plural(shape): shape for shape in SHAPES} | {shape: shape for shape in SHAPES}
 _GROUP = re.compile(
     rf"(?P<count>an?|{'|'.join(NUMBERS)}) (?:(?P<size>{'|'.join(SIZES)}) )?"
     rf"(?P<color>{'|'.join(COLORS)}) (?P<shape>{'|'.join(_SINGULAR)})(?: (?P<place>.+))?"
