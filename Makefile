@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-com
 # Two workers share the cores, so a worker gets one thread. Nothing may be downloaded in a test.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 -q
 
-PROMPT := two small yellow squares on a gray background
+PROMPT := a large red circle above a small blue square on a white background
 
 .PHONY: demo test test-all lint bench-cpu clean
 

@@ -372,6 +372,10 @@ def save(pipe: FluxPipeline, folder: Path) -> None:
         for name, part in pipe.components.items()
     }
     FluxPipeline(**components).save_pretrained(folder)
+    for path in folder.glob("*/config.json"):  # the folder it came from tells nobody anything
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:

@@ -176,8 +176,23 @@ def test_compress_keeps_a_shared_mask_once():
 def test_density_follows_the_grid():
     for grid in [(64, 64), (128, 96), (21, 30, 52)]:
         spec = Neighborhood(density=0.3, stride=4).resolve(grid)
-        assert 0.3 <= spec.density <= 0.45
+        assert spec.density == pytest.approx(0.3, rel=0.1)
         assert all(w % 4 == 0 or w == n for w, n in zip(spec.window, grid, strict=True))
+
+
+@given(
+    density=st.floats(0.1, 1.0),
+    grid=st.sampled_from(
+        [(64, 64), (32, 32), (256, 256), (45, 80), (21, 30, 52), (16, 45, 80), (500,)]
+    ),
+    dilation=st.sampled_from([1, 2]),
+)
+def test_density_is_met_within_a_quarter(density, grid, dilation):
+    spec = Neighborhood(density=density, stride=None, dilation=dilation).resolve(grid)
+    reachable = min(density, prod(n // dilation / n for n in grid))
+    assert spec.density == pytest.approx(reachable, rel=0.26)
+    for window, stride, n in zip(spec.window, spec.stride, grid, strict=True):
+        assert window % stride == 0 or window == n // dilation
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,15 @@ Hassani et al., "Neighborhood Attention Transformer" (2023); "Generalized Neighb
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from itertools import product
+from math import ceil, floor, inf, log, prod
 
 import torch
 from torch import Tensor
 
 from ..order.curves import grid_coordinates
+
+DENSITY_TOLERANCE = 0.25  # whole blocks are worth that much: half the time for two thirds of the work
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,9 +39,10 @@ class Neighborhood:
 
     window: keys per axis (an int serves every axis, None on an axis takes the whole axis).
     density: instead of a window, the share of the grid that a query should see, in (0, 1]; the
-        window keeps the grid's proportions, so one recipe serves every resolution.
+        window keeps about the grid's proportions, so one recipe serves every resolution.
     stride, dilation, causal: as in the module docstring, one value or one per axis. stride=None follows
-        the grid: the largest power of two up to a quarter of the axis, at most 16 and the window.
+        the grid: the largest power of two up to a quarter of the axis, at most 16 and the window, and
+        less where the density would be missed by more than a quarter.
     """
 
     window: int | tuple[int | None, ...] | None = None
@@ -65,28 +69,18 @@ class Neighborhood:
         rank = len(grid)
         if not 1 <= rank <= 3:
             raise ValueError(f"Neighborhoods exist on grids of 1 to 3 axes, got grid={grid}.")
-        stride = tuple(
-            _default_stride(n) if s is None else s
-            for n, s in zip(grid, _per_axis("stride", self.stride, grid), strict=True)
-        )
         dilation = _per_axis("dilation", self.dilation, grid)
         causal = tuple(bool(c) for c in _per_axis("causal", self.causal, grid))
-        if self.density is not None:
-            share = self.density ** (1 / sum(n > 1 for n in grid)) if max(grid) > 1 else 1.0
-            # The nearest whole number of strides, so that windows of a stride group end on blocks.
-            window = tuple(
-                min(max(round(share * n / (d * s)), 1) * s, n // d)
-                for n, s, d in zip(grid, stride, dilation, strict=True)
-            )
-            stride = tuple(min(s, w) for s, w in zip(stride, window, strict=True))
-        else:
+        asked = _per_axis("stride", self.stride, grid)
+        if self.density is None:
             window = tuple(
                 n // d if w is None else w
                 for w, n, d in zip(_per_axis("window", self.window, grid), grid, dilation,
                                    strict=True)
             )  # fmt: skip
-            if self.stride is None:
-                stride = tuple(min(s, w) for s, w in zip(stride, window, strict=True))
+            stride = _strides(grid, asked, at_most=window)
+        else:
+            window, stride = _of_density(self.density, grid, asked, dilation)
         for axis, (n, w, s, d) in enumerate(zip(grid, window, stride, dilation, strict=True)):
             where = f"on axis {axis} of the grid {grid}: window={w}, stride={s}, dilation={d}"
             if w < 1 or s < 1 or d < 1:
@@ -178,9 +172,38 @@ def neighborhood_mask(spec: NeighborhoodOnGrid, device=None) -> Tensor:
     return mask
 
 
-def _default_stride(n: int) -> int:
-    """Windows that move by whole blocks need no masks, and blocks of 8 x 16 tokens are what GPUs multiply."""
-    return min(16, 1 << max(n // 4, 1).bit_length() - 1)
+def _of_density(
+    density: float, grid: tuple[int, ...], asked: tuple, dilation: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Window and stride per axis of about the grid's proportions that see `density` of the grid.
+
+    Windows are whole numbers of strides, so that those of a stride group end on blocks. Where a free
+    stride leaves the density more than `DENSITY_TOLERANCE` off, it is halved.
+    """
+    share = density ** (1 / max(sum(n > 1 for n in grid), 1))
+    best = (inf, (), ())
+    for limit in (16, 8, 4, 2, 1):
+        stride = _strides(grid, asked, at_most=(limit,) * len(grid))
+        choices = []
+        for n, s, d in zip(grid, stride, dilation, strict=True):
+            strides = share * n / s
+            around = {min(max(k, 1) * s, max(n // d, 1)) for k in (floor(strides), ceil(strides))}
+            choices.append(sorted(around))
+        for window in product(*choices):
+            error = abs(log(prod(window) / prod(grid) / density))
+            if error < best[0] - 1e-9:
+                best = (error, window, tuple(map(min, stride, window)))
+        if best[0] <= log(1 + DENSITY_TOLERANCE) or None not in asked:
+            break
+    return best[1:]
+
+
+def _strides(grid: tuple[int, ...], asked: tuple, at_most: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides asked for. None follows the axis: windows that move by whole blocks need no masks."""
+    free = (
+        min(16, 1 << max(n // 4, 1).bit_length() - 1, m) for n, m in zip(grid, at_most, strict=True)
+    )
+    return tuple(f if s is None else s for f, s in zip(free, asked, strict=True))
 
 
 def _per_axis(name: str, value, grid: tuple[int, ...]) -> tuple:
