@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .exact import has_faster_kernels
 from .kernels.attention import implementations
 from .kernels.plan import Dense, Neighborhood
 from .recipe import Recipe
@@ -47,8 +48,11 @@ class Enabled:
 
     @property
     def changes_attention(self) -> bool:
-        """False where the model's own attention is the answer: an exact plan and no named implementation."""
-        return not isinstance(self.recipe.plan, Dense) or self.impl != "auto"
+        """False where the model's own attention is the answer: an exact plan, no named implementation, and
+        no GPU for which a faster exact kernel is known."""
+        return (
+            not isinstance(self.recipe.plan, Dense) or self.impl != "auto" or has_faster_kernels()
+        )
 
 
 def enable_visionfuse(

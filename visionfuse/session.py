@@ -22,6 +22,7 @@ import torch
 
 from . import backend
 from .context import ACTIVE, LOCK
+from .exact import faster_kernel
 from .kernels.attention import select_implementation, unsupported_reasons
 from .kernels.plan import AttentionPlan, Dense, TokenLayout, compress, plan_attention
 from .recipe import Recipe
@@ -182,13 +183,18 @@ class Routing:
             return self.stock(layout.reason)
         now = self.now()
         ran.layout, ran.steps = layout, now.steps if now else None
+        impl = self.session.impl
+        if isinstance(recipe.plan, Dense) and impl == "auto":
+            impl, reason = self.faster_kernel(layout, arguments)
+            if impl is None:
+                return self.stock(reason)
         if now is None and recipe.schedule.first_step(1000) > 0:
             kind = type(getattr(self.session.pipe, "scheduler", None)).__name__
             return self.stock(f"{kind} does not tell the step, which the schedule needs")
         first = recipe.schedule.first_step(now.steps) if now else 0
         if now and first >= now.steps:
             return self.stock(f"the schedule keeps all of this run's {now.steps} steps dense")
-        plan = self.plan(layout, arguments)
+        plan = self.plan(layout, arguments, impl)
         ran.plan = plan
         if not isinstance(recipe.plan, Dense) and plan.blocks.visible == layout.length**2:
             return self.stock(
@@ -206,12 +212,25 @@ class Routing:
     def now(self) -> Moment | None:
         return moment(getattr(self.session.pipe, "scheduler", None))
 
-    def plan(self, layout: TokenLayout, arguments: dict) -> AttentionPlan:
+    def faster_kernel(self, layout: TokenLayout, arguments: dict) -> tuple[str | None, str]:
+        """For a recipe that is exact and names no implementation: ours, or None and the reason."""
+        first = self.own[0] if self.own else vars(self.processors[0]).get("_attention_backend")
+        own = backend.own_backend(None if first is _MISSING else first)
+        if own.value != "native":
+            return None, f"the model has an attention backend of its own, {own.value!r}"
+        device, dtype = self.where(arguments)
+        return faster_kernel(device, dtype, self.site.head_dim(self.model), layout.length)
+
+    def where(self, arguments: dict) -> tuple[torch.device, torch.dtype]:
+        """Where and in which format the attention of this forward runs."""
         tokens = arguments["hidden_states"]
         hook = getattr(self.model, "_hf_hook", None)
-        device = torch.device(getattr(hook, "execution_device", None) or tokens.device)
+        return torch.device(getattr(hook, "execution_device", None) or tokens.device), tokens.dtype
+
+    def plan(self, layout: TokenLayout, arguments: dict, impl: str) -> AttentionPlan:
+        device, dtype = self.where(arguments)
         head_dim = self.site.head_dim(self.model)
-        impl, self.ran.impl_reasons = choose(self.session.impl, device, tokens.dtype, head_dim)
+        impl, self.ran.impl_reasons = choose(impl, device, dtype, head_dim)
         self.ran.impl = impl
         # Plans are cached: made in inference mode, they could never meet autograd later.
         with torch.inference_mode(False):

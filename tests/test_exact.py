@@ -1,0 +1,82 @@
+"""Recipe "auto" on a machine with a faster exact kernel. "blocks" plays it, so that this runs on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import visionfuse
+from visionfuse import exact, patching
+from visionfuse.exact import predicted_gain, self_check
+from visionfuse.testing_pipelines import flux_pipeline, run
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return flux_pipeline()
+
+
+@pytest.fixture
+def faster(pipe, monkeypatch):
+    """What the pipeline draws by itself; afterwards a faster kernel exists from 256 tokens on."""
+    stock = run(pipe)
+    monkeypatch.setattr(patching, "has_faster_kernels", lambda: True)
+    monkeypatch.setattr(exact, "KERNEL", "blocks")
+    monkeypatch.setattr(exact, "GAINS", {pipe.transformer.config.attention_head_dim: {256: 1.2}})
+    yield stock
+    pipe.disable_visionfuse()
+
+
+def test_auto_takes_the_faster_kernel_for_every_step(pipe, faster):
+    pipe.enable_visionfuse()
+    got = run(pipe)
+    torch.testing.assert_close(got, faster, rtol=0, atol=1e-5 * float(faster.abs().max()))
+    report = visionfuse.report(pipe).denoisers[0]
+    assert (report.impl, report.density) == ("blocks", 1.0)
+    assert report.calls == {"plan": 3, "dense": 0}
+    assert report.order is not None
+    assert report.order.kind == "row"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("GAINS", {}, "no exact kernel is known to be faster"),
+        ("TOLERANCE", -1.0, "failed its self-check"),
+        ("KERNEL", "gluon_sm90", "gluon_sm90 would be 1.20x faster, but"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="gluon_sm90 may run here")
+def test_auto_stays_with_the_models_own_attention(pipe, faster, monkeypatch, name, value, reason):
+    monkeypatch.setattr(exact, name, value)
+    pipe.enable_visionfuse()
+    assert torch.equal(run(pipe), faster)
+    report = visionfuse.report(pipe).denoisers[0]
+    assert any(reason in note for note in report.notes), report.notes
+    assert report.calls == {"plan": 0, "dense": 3}
+
+
+def test_auto_respects_a_backend_that_the_user_chose(pipe, faster):
+    pipe.transformer.set_attention_backend("_native_math")
+    try:
+        own = run(pipe)
+        pipe.enable_visionfuse()
+        assert torch.equal(run(pipe), own)
+        notes = visionfuse.report(pipe).denoisers[0].notes
+        assert any("_native_math" in note for note in notes)
+    finally:
+        pipe.transformer.reset_attention_backend()
+
+
+def test_gains_hold_from_their_length_on(monkeypatch):
+    monkeypatch.setattr(exact, "GAINS", {128: {1000: 1.05, 5000: 1.2}})
+    assert [predicted_gain(128, n) for n in (999, 1000, 4999, 5000)] == [1.0, 1.05, 1.05, 1.2]
+    assert predicted_gain(64, 10**6) == 1.0
+
+
+def test_self_check_sees_a_wrong_kernel(monkeypatch):
+    device = torch.device("cpu")
+    assert self_check("reference", device, torch.float32, 32)[0] < 1e-5
+    wrong = lambda q, k, v, plan, impl: v
+    monkeypatch.setattr(exact, "block_sparse_attention", wrong)
+    assert self_check.__wrapped__("reference", device, torch.float32, 32)[0] > 0.5

@@ -1,0 +1,83 @@
+"""Recipe "auto": which exact kernel beats the model's own attention, and whether it computes the same here.
+
+A kernel is taken where it was measured to win, never by a trial in a user's first call; before its
+first use in a process, a small random example must agree with the model's own attention.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from .kernels.attention import block_sparse_attention, unsupported_reasons
+from .kernels.plan import Dense, TokenLayout, plan_attention
+
+KERNEL = "gluon_sm90"
+# Time of PyTorch's own scaled_dot_product_attention over that of KERNEL on one H200 (bf16, dense; rows
+# "dense" of assets/bench/attention.csv), by head size and least number of tokens.
+GAINS = {128: {16_384: 1.05, 65_536: 1.10}, 64: {16_384: 1.07}}
+LEAST_GAIN = 1.03  # less could be noise, and "auto" must never be slower than stock
+TOLERANCE = 0.05  # relative L1 error of the self-check; bf16 kernels differ by 0.002
+CHECKED_TOKENS = 1_000  # not a whole number of blocks
+
+
+def has_faster_kernels() -> bool:
+    """True if a GPU of this machine has an exact kernel that can beat the model's own attention."""
+    return torch.cuda.is_available() and any(
+        torch.cuda.get_device_capability(i) == (9, 0) for i in range(torch.cuda.device_count())
+    )
+
+
+def predicted_gain(head_dim: int, tokens: int) -> float:
+    """Speed-up of self-attention by KERNEL that was measured at this length or the next below."""
+    reached = [gain for least, gain in sorted(GAINS.get(head_dim, {}).items()) if least <= tokens]
+    return reached[-1] if reached else 1.0
+
+
+def faster_kernel(
+    device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int
+) -> tuple[str | None, str]:
+    """The exact kernel to take instead of the model's own attention, or None and the reason."""
+    gain = predicted_gain(head_dim, tokens)
+    if gain < LEAST_GAIN:
+        return None, (
+            f"no exact kernel is known to be faster for {tokens} tokens and head size {head_dim}; "
+            "PyTorch picks its own (cuDNN on Hopper)"
+        )
+    error, why = self_check(KERNEL, device, dtype, head_dim)
+    if why:
+        return None, f"{KERNEL} would be {gain:.2f}x faster, but {why}"
+    if not error <= TOLERANCE:
+        return None, (
+            f"{KERNEL} failed its self-check: relative L1 error {error:.3g}, allowed {TOLERANCE}"
+        )
+    return KERNEL, ""
+
+
+@lru_cache(maxsize=64)
+def self_check(
+    impl: str, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> tuple[float, str]:
+    """Relative L1 difference to PyTorch's attention on random numbers, and why it cannot run, if so."""
+    with torch.inference_mode(False), torch.no_grad():
+        plan = plan_attention(
+            TokenLayout.joint(text=0, grids=[(1, CHECKED_TOKENS)]),
+            Dense(),
+            impl=impl,
+            head_dim=head_dim,
+            device=device,
+        ).blocks
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (3, 1, CHECKED_TOKENS, 2, head_dim)
+        q, k, v = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        reasons = unsupported_reasons(impl, q, k, v, plan)
+        if reasons:
+            return float("nan"), "; ".join(reasons)
+        ours = block_sparse_attention(q, k, v, plan, impl=impl).float()
+        own = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        )
+        own = own.transpose(1, 2).float()
+        return ((ours - own).abs().sum() / own.abs().sum()).item(), ""
