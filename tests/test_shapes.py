@@ -244,3 +244,18 @@ def _through_jpeg(image: torch.Tensor) -> np.ndarray:
     rgb = (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
     _, data = cv2.imencode(".jpg", rgb[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
     return np.ascontiguousarray(cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "two red circles above a blue square",
+        "three red circles at the top",
+        "a red circle in the center and a blue square",
+        "a red circle in the center above a blue square on the left",
+        "two red circles, two blue squares and a green ring",
+    ],
+)
+def test_scenes_without_an_arrangement_are_refused(text):
+    with pytest.raises(ValueError, match="cannot arrange"):
+        render([parse(text)], 128)

@@ -70,7 +70,21 @@ class Layout(NamedTuple):
 
 
 def anchors(scene: Scene) -> list[tuple[float, float]]:
-    """Where the objects of a scene stand, (x, y) in 0..1, before the jitter."""
+    """Where the objects of a scene stand, (x, y) in 0..1, before the jitter.
+
+    Raises ValueError for a scene that there is no arrangement for; `sample` draws none.
+    """
+    placed = [bool(group.place) for group in scene.groups]
+    several = len(scene.objects) != len(scene.groups)
+    if (
+        len(scene.objects) not in ANCHORS
+        or (several and (scene.relation or any(placed)))
+        or (any(placed) and (scene.relation or not all(placed)))
+    ):
+        raise ValueError(
+            f"cannot arrange {scene.text!r}: there may be up to {MAX_OBJECTS} objects; with a relation two "
+            "single ones, and with places one for each single object"
+        )
     if scene.relation:
         axis, sign = BETWEEN[scene.relation]
         values = (NEAR, FAR)[::sign]
