@@ -76,7 +76,7 @@ WARMUP_STEPS = 200
 EMA = 0.999
 PREFETCH = 4  # batches drawn at once: drawing waits for the GPU
 SCENES = 128_000
-TEXT_STEPS = 2000
+TEXT_STEPS = 2500
 ALIGN = 0.1  # weight of the alignment loss
 
 

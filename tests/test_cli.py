@@ -126,7 +126,7 @@ def test_compare_writes_picture_and_figures(model, tmp_path):
                  "--stride", "4x4", "--dense-start", "0.34", "--out", out)  # fmt: skip
     assert result.exit_code == 0, result.output
     facts = json.loads(out.with_suffix(".json").read_text())
-    assert facts["speedup"] == pytest.approx(facts["stock_s"] / facts["visionfuse_s"], rel=1e-3)
+    assert facts["speedup"] == pytest.approx(facts["stock_s"] / facts["visionfuse_s"], rel=0.02)
     assert facts["options"] == {"window": [8, 8], "stride": [4, 4], "dense_start": 0.34}
     assert 0 < facts["density"] < 0.5
     assert (facts["steps"], facts["planned_steps"]) == (3, 2)
