@@ -41,7 +41,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/pyright
 
 bench-cpu: $(VENV)/installed
-	$(BIN)/python -m visionfuse.bench.attention --device cpu
+	$(BIN)/visionfuse bench attention --device cpu --csv assets/bench/attention-cpu.csv
 	$(BIN)/python -m visionfuse.bench.readme
 
 # The virtual environment. Debian without python3-venv has pip but no ensurepip: pip then installs pip.

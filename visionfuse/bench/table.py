@@ -49,19 +49,34 @@ class Row:
 SHOWN = ("case", "impl", "ms", "speedup", "tflops_visited", "density", "rel_l1", "cosine", "note")
 
 
-def write_rows(rows: list[Row], folder: Path) -> Path:
-    """Write the rows of one suite to `folder/<suite>.csv`, with machine, versions, commit and date."""
-    if len({row.suite for row in rows}) != 1:
-        raise ValueError(f"Rows of one suite expected, got {sorted({row.suite for row in rows})}.")
+def update_csv(rows: list[Row], path: Path, *, commit: str = "") -> None:
+    """Write rows into a CSV, with machine, versions, commit and date, beside those that it has.
+
+    A case that is measured again is replaced whole, so that its speed-ups are of one run. commit: for
+    a machine that has a copy of the tree without git.
+    """
     facts = environment()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{rows[0].suite}.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+    facts["commit"] = commit or facts["commit"]
+    columns = [f.name for f in fields(Row)]
+    new = [{name: as_text(value) for name, value in (asdict(row) | facts).items()} for row in rows]
+    again = {(row.suite, row.case) for row in rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = []
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames and set(reader.fieldnames) != set(columns):
+                raise ValueError(
+                    f"{path} has other columns than a benchmark writes: {', '.join(reader.fieldnames)}. "
+                    "Name another file."
+                )
+            kept = [row for row in reader if (row["suite"], row["case"]) not in again]
+    draft = path.with_name(path.name + ".part")  # an interrupted run loses nothing
+    with draft.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        for row in rows:
-            writer.writerow({name: as_text(value) for name, value in (asdict(row) | facts).items()})
-    return path
+        writer.writerows(kept + new)
+    draft.replace(path)
 
 
 def show_rows(rows: list[Row], *, title: str) -> None:

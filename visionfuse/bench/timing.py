@@ -26,11 +26,12 @@ def time_in_turns(
     *,
     device: torch.device | str,
     seconds: float = 0.5,
+    least: int = 3,
     most: int = 50,
 ) -> dict[str, Timing]:
     """Time every call, one after another in rounds, so that drifting clocks touch all alike.
 
-    Each takes about `seconds`, at least 3 and at most `most` runs after a warm-up. On a GPU times
+    Each takes about `seconds`, at least `least` and at most `most` runs after a warm-up. On a GPU times
     come from events, and the L2 cache is cold; elsewhere from the wall clock.
     """
     device = torch.device(device)
@@ -40,10 +41,10 @@ def time_in_turns(
         call()
         samples[name] = [once(call)]
     rounds = {
-        name: min(most, max(3, round(seconds * 1e3 / max(first[0], 1e-3))))
+        name: min(most, max(least, round(seconds * 1e3 / max(first[0], 1e-3))))
         for name, first in samples.items()
     }
-    for turn in range(max(rounds.values())):
+    for turn in range(max(rounds.values(), default=0)):
         for name, call in calls.items():
             if turn < rounds[name]:
                 samples[name].append(once(call))
