@@ -25,7 +25,9 @@ from torch import Tensor
 
 from ..order.curves import grid_coordinates
 
-DENSITY_TOLERANCE = 0.25  # whole blocks are worth that much: half the time for two thirds of the work
+DENSITY_TOLERANCE = (
+    0.25  # whole blocks are worth that much: half the time for two thirds of the work
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
