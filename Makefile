@@ -32,7 +32,7 @@ test: lint
 test-all: lint
 	@mkdir -p assets/bench
 	( date -u +%F; git rev-parse --short HEAD; $(BIN)/visionfuse info; \
-	  $(PYTEST) --durations 20; echo "exit $$?" ) > assets/bench/test-all.log 2>&1; \
+	  $(PYTEST) --durations 20; echo "exit $$?" ) 2>&1 | sed 's|$(CURDIR)/||g' > assets/bench/test-all.log; \
 	  tail -n 30 assets/bench/test-all.log; tail -n 1 assets/bench/test-all.log | grep -qx "exit 0"
 
 lint: $(VENV)/installed-dev
