@@ -21,7 +21,7 @@ from visionfuse.shapes import Scenes, held_out_scenes, pack
 from visionfuse.shapes.captions import BACKGROUNDS, COLORS, MAX_OBJECTS, SHAPES, plural
 from visionfuse.shapes.render import RADIUS
 
-BATCH, RATE, DROPOUT = 512, 1e-3, 0.0
+BATCH, RATE, DROPOUT = 512, 1e-3, 0.1
 NONCE = 0.4  # share of captions with words without a meaning
 CELLS = 16  # anchors are named on a grid of this many rows and columns
 
@@ -86,8 +86,8 @@ def _report(pipe: FluxPipeline, reader: Reader, summary: nn.Linear, device: str)
 class NonceWords:
     """Captions in which every shape, or every colour, is a word without a meaning.
 
-    Nouns never seen with a colour teach to read the colour apart from the noun; without them the T5
-    encoder reads one in six captions with a new pair of colour and shape wrong.
+    Meant to teach reading a colour apart from its noun. What it brings is smaller than what runs differ by:
+    of captions with new pairs 94% to 100% were read right with it, 99% without (H200, 2,500 to 3,000 steps).
     """
 
     def __init__(self, tokenizer, device: str):

@@ -21,12 +21,7 @@ import pytest
 import torch
 
 from visionfuse.bench.attention_8bit import all_keys, band, block_list
-from visionfuse.kernels.attention.gluon_sm90_8bit_operands import (
-    ORDER,
-    PRECISIONS,
-    dequantize,
-    quantize,
-)
+from visionfuse.kernels.attention.prologue import EIGHT_BIT, SWAPPED, dequantized, reference
 from visionfuse.testing import (
     assert_within_budget,
     compile_target,
@@ -45,6 +40,14 @@ hopper = pytest.mark.skipif(
 
 # Scores of e4m3 are summed with 14 bits by the tensor cores; those of int8 exactly.
 LSE_BUDGET = {"fp8": 1e-2, "int8_fp8": 2e-3}
+
+
+def quantize(q, k, v, precision):
+    return reference(q.float(), k.float(), v.float(), EIGHT_BIT[precision])
+
+
+def dequantize(x, precision):
+    return tuple(t.double() for t in dequantized(x, EIGHT_BIT[precision]))
 
 
 def some_keys(tile: int, tiles: int, blocks: int) -> list[int]:
@@ -81,7 +84,7 @@ CASES = {
     "intervals-words": (many_words, 1, 2, 2, 1.0),
     "variants": (lambda: random_bounds(192, variants=4), 2, 4, 2, 1.0),
 }  # fmt: skip
-NAMES = [f"{p}-{d}-{case}" for p in PRECISIONS for d in (128, 64) for case in CASES]
+NAMES = [f"{p}-{d}-{case}" for p in EIGHT_BIT for d in (128, 64) for case in CASES]
 
 
 def rounded_weights_attention(q, k, v, mask, scale):
@@ -118,7 +121,7 @@ def run_case(name: str) -> dict:
     x = quantize(q, k, v, precision)
     scale = dim**-0.5
     mask = plan_mask(plan, batch, heads)
-    exact, low, exact_lse = rounded_weights_attention(*dequantize(x), mask, scale)
+    exact, low, exact_lse = rounded_weights_attention(*dequantize(x, precision), mask, scale)
     whole = rounded_weights_attention(*(t.double() for t in (q, k, v)), mask, scale)[0]
     reasons = gluon_sm90_8bit.unsupported(x, plan)
     assert not reasons, reasons
@@ -191,7 +194,7 @@ def test_case(name):
 
 
 @hopper
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", EIGHT_BIT)
 def test_reads_fused_projections_and_repeats_exactly(precision):
     from visionfuse.kernels.attention import gluon_sm90_8bit
 
@@ -199,7 +202,7 @@ def test_reads_fused_projections_and_repeats_exactly(precision):
     q, k, v = torch.randn(3, 2, 500, 4, 128, device="cuda")
     x = quantize(q, k, v, precision)
     fused = torch.stack([x.q.view(torch.int8), x.k.view(torch.int8)], 2).view(x.q.dtype)
-    views = type(x)(q=fused[:, :, 0], k=fused[:, :, 1], v=x.v, q_scale=x.q_scale, k_scale=x.k_scale, v_scale=x.v_scale)  # fmt: skip
+    views = x._replace(q=fused[:, :, 0], k=fused[:, :, 1])
     first = gluon_sm90_8bit.forward(x, plan, 0.1, False)[0]
     assert torch.equal(first, gluon_sm90_8bit.forward(views, plan, 0.1, False)[0])
 
@@ -210,10 +213,10 @@ def test_reads_fused_projections_and_repeats_exactly(precision):
 def test_stored_values_lie_as_weights_do_in_registers():
     """A thread holds scores of columns 2c, 2c + 1, 2c + 8, 2c + 9 of 16; wgmma wants 4c .. 4c + 3 there."""
     columns = torch.arange(16).view(2, 4, 2).permute(1, 0, 2).flatten()
-    assert columns.tolist() == list(ORDER)
+    assert columns.tolist() == list(SWAPPED)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", EIGHT_BIT)
 @pytest.mark.parametrize("length", [1, 128, 300])
 def test_quantizer(precision, length):
     q, k, v = torch.randn(3, 2, length, 4, 64, generator=torch.Generator().manual_seed(0))
@@ -221,7 +224,7 @@ def test_quantizer(precision, length):
     x = quantize(q, k[:, :, :2], v[:, :, :2], precision)
     assert x.v.shape == (2, 2, 64, -(-length // 128) * 128)
     assert x.k_scale.shape == (2, 2, -(-length // 128))
-    for stored, exact in zip(dequantize(x), (q, k[:, :, :2], v[:, :, :2]), strict=True):
+    for stored, exact in zip(dequantize(x, precision), (q, k[:, :, :2], v[:, :, :2]), strict=True):
         assert (stored - exact).abs().max() <= exact.abs().max() / 15  # half a step of e4m3 is 1/16
         assert not stored.isnan().any()
     assert not x.v.float()[..., length:].any() or length % 16
@@ -243,7 +246,7 @@ def test_refuses_with_every_reason():
 
 COMPILED = [
     f"{precision}-{case}"
-    for precision in PRECISIONS
+    for precision in EIGHT_BIT
     for case in (
         "128-dense",
         "128-dense-ragged",

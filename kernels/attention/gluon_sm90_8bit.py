@@ -1,6 +1,8 @@
 """Block-sparse attention with 8-bit operands, forward, for Hopper: the host side of `gluon_sm90_8bit_kernel`.
 
-Plans, the dealing of tiles and masks are those of `gluon_sm90`; operands come quantised.
+Plans, the dealing of tiles and masks are those of `gluon_sm90`; operands come from the prologue, as
+`prologue.EIGHT_BIT` says: "fp8" is e4m3 throughout, "int8_fp8" has queries and keys in int8 and weights and
+values in e4m3, as in SageAttention2 (Zhang et al., arXiv 2411.10958).
 """
 
 from __future__ import annotations
@@ -27,10 +29,8 @@ from .gluon_sm90 import (
     _run_bias,
 )
 from .gluon_sm90_8bit_kernel import forward_kernel
-from .gluon_sm90_8bit_operands import K_BLOCK, Operands
 from .prepared import prepare
-
-assert K_BLOCK == BLOCK_K, "an entry of a list reads one scale of keys"
+from .prologue import Operands
 
 # Blocks of keys and values in flight, by head dim: 980 TFLOP/s at 128 with 3, 631 at 64 with 4 (H200).
 STAGES = {128: 3, 64: 4}
@@ -41,6 +41,8 @@ def unsupported(x: Operands, plan: BlockPlan) -> list[str]:
     """Every reason why `forward` cannot run on these operands; empty if it can."""
     q, k, v = x.q, x.k, x.v
     reasons = []
+    if any(scale is None for scale in (x.q_scale, x.k_scale, x.v_scale)):
+        return ["the operands have no scales; make them with a spec of prologue.EIGHT_BIT"]
     if q.device.type != "cuda":
         reasons.append(f"it needs a Hopper GPU, the tensors are on {q.device}")
     elif torch.version.hip or torch.cuda.get_device_capability(q.device)[0] != 9:
@@ -68,7 +70,7 @@ def unsupported(x: Operands, plan: BlockPlan) -> list[str]:
         reasons.append("masks of single bits are not implemented, only intervals")
     if not _aligned(plan):
         reasons.append(
-            f"key blocks of the plan must start at multiples of {K_BLOCK}, where blocks of key scales do"
+            f"key blocks of the plan must start at multiples of {BLOCK_K}, where blocks of key scales do"
         )
     return reasons
 
@@ -118,10 +120,10 @@ def forward(
 
 def _expected_shapes(x: Operands, plan: BlockPlan):
     batch, _, heads, dim = x.q.shape
-    kv_heads, blocks = x.k.shape[2], -(-plan.length_k // K_BLOCK)
+    kv_heads, blocks = x.k.shape[2], -(-plan.length_k // BLOCK_K)
     yield "q", x.q, (batch, plan.length_q, heads, dim)
     yield "k", x.k, (batch, plan.length_k, kv_heads, dim)
-    yield "v", x.v, (batch, kv_heads, dim, blocks * K_BLOCK)
+    yield "v", x.v, (batch, kv_heads, dim, blocks * BLOCK_K)
     yield "q_scale", x.q_scale, (batch, heads, plan.length_q)
     yield "k_scale", x.k_scale, (batch, kv_heads, blocks)
     yield "v_scale", x.v_scale, (batch, kv_heads, dim)
@@ -153,5 +155,5 @@ def _aligned(plan: BlockPlan) -> bool:
     """The first call for a plan waits for the device, once."""
     if plan.full.offset not in _starts:
         starts = torch.cat([plan.full.start, plan.partial.start])
-        _starts[plan.full.offset] = not bool((starts % K_BLOCK).any())
+        _starts[plan.full.offset] = not bool((starts % BLOCK_K).any())
     return _starts[plan.full.offset]

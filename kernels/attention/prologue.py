@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FORMATS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 LAYOUTS = ("tokens", "channels", "channels16")
-# Tokens inside every 16 of "channels16": the fp32 accumulator of Q K^T then is, register for register, the
+# Position p of every 16 tokens of "channels16" holds token SWAPPED[p]: the fp32 accumulator of Q K^T then is, register for register, the
 # 8-bit operand of P V (SageAttention's order).
 SWAPPED = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
 MAX_HEAD_DIM = 256
@@ -88,6 +88,13 @@ class PrologueSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PrologueSpec:
         return cls(**values)
+
+
+# What `gluon_sm90_8bit` reads; smooth_k and softmax_scale are free.
+EIGHT_BIT = {
+    name: PrologueSpec(qk=qk, k_rows=128, v="fp8", v_layout="channels16")
+    for name, qk in (("fp8", "fp8"), ("int8_fp8", "int8"))
+}
 
 
 class Operands(NamedTuple):

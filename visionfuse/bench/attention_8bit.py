@@ -82,7 +82,7 @@ def block_list(
 def measure(case: Case, *, suite: str, seconds: float) -> list[Row]:
     """Rows of cuDNN, of the 16-bit kernel and of both 8-bit ones."""
     from ..kernels.attention import gluon_sm90, gluon_sm90_8bit
-    from ..kernels.attention.gluon_sm90_8bit_operands import PRECISIONS, quantize
+    from ..kernels.attention.prologue import EIGHT_BIT, reference
 
     generator = torch.Generator("cuda").manual_seed(0)
     shape = (1, case.length, case.heads, case.head_dim)
@@ -97,8 +97,8 @@ def measure(case: Case, *, suite: str, seconds: float) -> list[Row]:
         "gluon_sm90": lambda: gluon_sm90.forward(q, k, v, plan, scale, False)[0]
     }
     reasons = {"gluon_sm90": gluon_sm90.unsupported(q, k, v, plan)}
-    for precision in PRECISIONS:
-        x = quantize(q, k, v, precision)
+    for precision, spec in EIGHT_BIT.items():
+        x = reference(q.float(), k.float(), v.float(), spec)
         name = f"gluon_sm90_8bit, {precision}"
         reasons[name] = gluon_sm90_8bit.unsupported(x, plan)
         calls[name] = lambda x=x: gluon_sm90_8bit.forward(x, plan, scale, False)[0]
