@@ -1,13 +1,15 @@
 """Train flux-micro: a 6 M parameter stock FluxPipeline that draws captioned shapes.
 
     python pipelines/train_flux_micro.py vae  --out runs/flux-micro --minutes 1.5
+    python pipelines/train_flux_micro.py text --out runs/flux-micro
+    python pipelines/train_flux_micro.py flow --out runs/flux-micro --minutes 9
     python pipelines/train_flux_micro.py flow --out runs/flux-micro --minutes 9 --resume
 
-The first stage trains the autoencoder, the second the text encoders and the transformer together
-by flow matching (arXiv:2210.02747). Pictures are drawn and encoded on the fly and never repeat.
-The second stage follows `PLAN` by minutes trained and may be cut into slices: each ends by itself
-after `--minutes`, saves `state.pt`, and the next continues with `--resume`. `--dry-run` runs both
-loops for a few steps with a tiny model on a CPU.
+The first stage trains the autoencoder, the second the text encoders, on captions alone (see
+`flux_micro_text`), the third the transformer by flow matching (arXiv:2210.02747), on what the other two
+have become. Pictures are drawn and encoded on the fly and never repeat. The third stage follows `PLAN`
+by minutes trained and may be cut into slices: each ends by itself after `--minutes`, saves `state.pt`,
+and the next continues with `--resume`. `--dry-run` runs a stage for a few steps with a tiny model.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from visionfuse.kernels.attention import (
     UnsupportedError,
@@ -145,7 +146,7 @@ def test_compiles_without_graph_breaks():
 def test_op_passes_opcheck():
     plan, _ = small_plan()
     q, k, v = inputs(plan.blocks)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.visionfuse.block_sparse_attention.default,
         (q, k, v, plan.blocks.to_tensors(), plan.blocks.scalars(), 0.25, "blocks", True),
     )

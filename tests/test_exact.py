@@ -56,6 +56,19 @@ def test_auto_stays_with_the_models_own_attention(pipe, faster, monkeypatch, nam
     assert report.calls == {"plan": 0, "dense": 3}
 
 
+def test_auto_survives_a_kernel_that_breaks(pipe, faster, monkeypatch):
+    def breaks(*arguments, **options):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(exact, "block_sparse_attention", breaks)
+    self_check.cache_clear()
+    pipe.enable_visionfuse()
+    assert torch.equal(run(pipe), faster)
+    self_check.cache_clear()
+    notes = visionfuse.report(pipe).denoisers[0].notes
+    assert any("no such instruction" in note for note in notes)
+
+
 def test_auto_respects_a_backend_that_the_user_chose(pipe, faster):
     pipe.transformer.set_attention_backend("_native_math")
     try:

@@ -23,7 +23,10 @@ from .prepared import PackedIntervals, prepare
 ROWS = 64  # queries of a warpgroup, the M of wgmma
 BLOCK_K = 128
 MAX_GROUPS = 3  # consumer warpgroups
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int32: gl.int32}
+_TYPES = {
+    torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int32: gl.int32,
+    torch.float8_e4m3fn: gl.float8e4nv, torch.int8: gl.int8,
+}  # fmt: skip
 # By number of consumer warpgroups: registers of every thread at entry, and of consumers and producers
 # after setmaxnreg has moved them: 3 * 160 + 24 <= 4 * 128, 2 * 240 + 24 <= 3 * 168.
 _REGISTERS = {2: (168, 240, 24), 3: (128, 160, 24)}
@@ -122,7 +125,7 @@ def _boxes(x: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
 
 @lru_cache(maxsize=64)
 def _shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])
+    return gl.NVMMASharedLayout.get_default_for(list(block), _TYPES[dtype])
 
 
 def _no_mask(plan: BlockPlan) -> PackedIntervals:

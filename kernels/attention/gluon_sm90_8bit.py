@@ -8,13 +8,10 @@ values in e4m3, as in SageAttention2 (Zhang et al., arXiv 2411.10958).
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..plan.block_plan import BitMask, BlockPlan
 from .gluon_sm90 import (
@@ -22,11 +19,13 @@ from .gluon_sm90 import (
     BLOCK_K,
     MAX_GROUPS,
     ROWS,
+    _boxes,
     _column_rows,
     _deal,
     _no_mask,
     _row_boxes,
     _run_bias,
+    _token_boxes,
 )
 from .gluon_sm90_8bit_kernel import forward_kernel
 from .prepared import prepare
@@ -34,7 +33,6 @@ from .prologue import Operands
 
 # Blocks of keys and values in flight, by head dim: 980 TFLOP/s at 128 with 3, 631 at 64 with 4 (H200).
 STAGES = {128: 3, 64: 4}
-_DTYPES = {torch.float8_e4m3fn: gl.float8e4nv, torch.int8: gl.int8}
 
 
 def unsupported(x: Operands, plan: BlockPlan) -> list[str]:
@@ -47,7 +45,11 @@ def unsupported(x: Operands, plan: BlockPlan) -> list[str]:
         reasons.append(f"it needs a Hopper GPU, the tensors are on {q.device}")
     elif torch.version.hip or torch.cuda.get_device_capability(q.device)[0] != 9:
         reasons.append(f"it needs a Hopper GPU, this is a {torch.cuda.get_device_name(q.device)}")
-    if q.dtype not in _DTYPES or k.dtype != q.dtype or v.dtype != torch.float8_e4m3fn:
+    if (
+        q.dtype not in (torch.int8, torch.float8_e4m3fn)
+        or k.dtype != q.dtype
+        or v.dtype != torch.float8_e4m3fn
+    ):
         reasons.append(
             "queries and keys must both be int8 or both float8_e4m3fn and values float8_e4m3fn, got "
             f"{q.dtype}, {k.dtype}, {v.dtype}"
@@ -127,24 +129,6 @@ def _expected_shapes(x: Operands, plan: BlockPlan):
     yield "q_scale", x.q_scale, (batch, heads, plan.length_q)
     yield "k_scale", x.k_scale, (batch, kv_heads, blocks)
     yield "v_scale", x.v_scale, (batch, kv_heads, dim)
-
-
-def _token_boxes(x: Tensor, rows: int) -> TensorDescriptor:
-    """TMA view [B, H, S, D] of x [B, S, H, D], in boxes of `rows` tokens of one head."""
-    aligned = x.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in x.stride()[:3])
-    view = (x if x.stride(-1) == 1 and aligned else x.contiguous()).transpose(1, 2)
-    return _boxes(view, (1, 1, rows, x.shape[-1]))
-
-
-def _boxes(x: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
-    return TensorDescriptor(
-        x, list(x.shape), list(x.stride()), list(block), _shared_layout(block, x.dtype)
-    )
-
-
-@lru_cache(maxsize=64)
-def _shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])
 
 
 # Whether entries start where blocks of key scales do, by the tensor that identifies a plan.

@@ -3,7 +3,7 @@
 Built like `gluon_sm90_kernel`, from which come the dealing of tiles and the masks. What 8 bits change:
 
 * wgmma takes 8-bit values only with keys along rows, so they come transposed, tokens of every 16 in
-  the order in which the weights lie in the registers of a thread (`gluon_sm90_8bit_operands`).
+  the order in which the weights lie in the registers of a thread (`prologue.SWAPPED`).
 * Scores are scaled by a factor a row and block, q_scale * k_scale, inside the exponent: no instruction
   more than one factor for all.
 * Weights are 448 times the usual ones, the range of e4m3, by an offset of the running maximum.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ..plan.block_plan import BlockPlan
 
@@ -18,7 +18,7 @@ def implementation(name: str):
     return import_module(f".{_MODULES.get(name, name)}", __package__)
 
 
-@torch.library.custom_op("visionfuse::block_sparse_attention", mutates_args=())
+@library.custom_op("visionfuse::block_sparse_attention", mutates_args=())
 def block_sparse_attention_op(
     q: Tensor,
     k: Tensor,

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from ..order.curves import grid_coordinates
 
-DENSITY_TOLERANCE = (
-    0.25  # whole blocks are worth that much: half the time for two thirds of the work
-)
+# Whole blocks are worth that much: on two cores a third of the pairs at stride 8 takes 1.6 times as long as a
+# quarter of them at stride 16 (4,096 tokens).
+DENSITY_TOLERANCE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -175,6 +175,9 @@ def main() -> None:
         "--budget", type=float, default=33.0, help="seconds; no case starts after them"
     )
     arguments = parser.parse_args()
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        parser.error("the 8-bit kernel needs a Hopper GPU, and there is none here")
+    failed = False
     begin = time.perf_counter()
     rows: list[Row] = []
     for case in CASES:
@@ -187,11 +190,14 @@ def main() -> None:
                 rows += measure(case, suite=arguments.csv.stem, seconds=arguments.seconds)
         except Exception as error:  # one broken case must not cost the others their rows
             print(f"FAILED {case.name}: {type(error).__name__}: {error}")
+            failed = True
             continue
         torch.cuda.empty_cache()
         update_csv(rows, arguments.csv)
         print(f"{time.perf_counter() - begin:.1f} s: {case.name}", flush=True)
     show_rows(rows, title="8-bit attention")
+    if failed or any(row.note.startswith("WRONG") for row in rows):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..kernels.attention.prologue import Operands, PrologueSpec, dequantized, prologue, reference
+from ..kernels.attention.prologue import (
+    EIGHT_BIT,
+    Operands,
+    PrologueSpec,
+    dequantized,
+    prologue,
+    reference,
+)
 from .table import Row, show_rows, update_csv
 from .timing import time_in_turns
 
@@ -57,8 +64,7 @@ CASES = [
     Case(name="16384 tokens, 16 heads of 64, batch 2", batch=2, length=16384, heads=16, head_dim=64),
 ]  # fmt: skip
 
-_FP8 = PrologueSpec(qk="fp8", k_rows=128, v="fp8", v_layout="channels16")
-_INT8 = replace(_FP8, qk="int8", smooth_k=True)
+_INT8 = replace(EIGHT_BIT["int8_fp8"], smooth_k=True)
 # name: (spec, with a token order)
 RECIPES: dict[str, tuple[PrologueSpec, bool]] = {
     "bf16": (PrologueSpec(), False),
@@ -66,7 +72,7 @@ RECIPES: dict[str, tuple[PrologueSpec, bool]] = {
     "int8, smooth K, fp8 V": (_INT8, False),
     "int8, smooth K, fp8 V, ordered": (_INT8, True),
     "int8 rows, V untouched": (PrologueSpec(qk="int8"), False),
-    "fp8, fp8 V": (_FP8, False),
+    "fp8, fp8 V": (EIGHT_BIT["fp8"], False),
 }
 
 
@@ -206,6 +212,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.csv.suffix != ".csv":
         parser.error(f"--csv must name a .csv file, got {arguments.csv}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU here; --device cpu tries the script")
     cases = CASES[:1] if arguments.quick else CASES
     if arguments.device == "cpu":
         cases = [Case(name="300 tokens, 2 heads of 64", batch=1, length=300, heads=2, head_dim=64)]
