@@ -78,6 +78,7 @@ def test_auto_respects_a_backend_that_the_user_chose(pipe, faster):
         notes = visionfuse.report(pipe).denoisers[0].notes
         assert any("_native_math" in note for note in notes)
     finally:
+        pipe.transformer.set_attention_backend("native")  # diffusers makes the last one global
         pipe.transformer.reset_attention_backend()
 
 
