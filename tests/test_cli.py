@@ -8,6 +8,7 @@ from time import perf_counter
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -76,6 +77,9 @@ def test_info():
     assert facts["attention"]["blocks"] == {"runs": True, "reasons": []}
     for state in facts["attention"].values():
         assert state["runs"] == (not state["reasons"])
+    for name, state in facts["precision"].items():
+        assert state["impl"] in implementations()
+        assert state["emulated"] == (name != "model" and state["impl"] == "blocks")
     assert facts["packages"]["torch"]
     assert facts["device"]["threads"] >= 1
 
@@ -156,8 +160,6 @@ def test_generate_is_the_image_of_the_pipeline(model, tmp_path):
                  "--dtype", "float32", "--device", "cpu", "--out", out)  # fmt: skip
     assert result.exit_code == 0, result.output
 
-    import torch
-
     pipe = FluxPipeline.from_pretrained(model)
     expected = pipe("a red cube", height=32, width=48, num_inference_steps=3,
                     max_sequence_length=48, generator=torch.Generator().manual_seed(3)).images[0]  # fmt: skip
@@ -186,6 +188,22 @@ def test_dry_run_reads_and_writes_nothing(model, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_precisions_are_emulated_without_a_gpu(model, tmp_path):
+    for arguments, name in [
+        (["--recipe", "sage"], "int8_fp8"),
+        (["--recipe", "auto", "--precision", "fp8+smooth_v"], "fp8+smooth_v"),
+        (["--window", "8", "--precision", "int8"], "int8"),
+    ]:
+        shown = run("generate", model, "a red cube", *SMALL, "--dry-run", *arguments).output
+        assert f"{name}, emulated" in shown
+    out = tmp_path / "one.png"
+    result = run("generate", model, "a red cube", *SMALL, "--recipe", "sage", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "int8_fp8, emulated" in result.output
+    assert out.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -201,6 +219,8 @@ def test_dry_run_reads_and_writes_nothing(model, tmp_path):
         (["--dtype", "int8"], ["'int8'", "float32"]),
         (["--device", "nowhere"], ["'nowhere'"]),
         (["--height", "33"], ["height=33", "multiple"]),
+        (["--precision", "fp9"], ["'fp9'", "'int8_fp8'"]),
+        (["--recipe", "sage", "--precision", "fp8"], ["no option 'precision'", "qk"]),
         (["--out", "picture.txt"], ["--out", ".png", "picture.txt"]),
         (["--recipe", "missing.json"], ["missing.json"]),
     ],

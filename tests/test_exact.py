@@ -91,6 +91,6 @@ def test_gains_hold_from_their_length_on(monkeypatch):
 def test_self_check_sees_a_wrong_kernel(monkeypatch):
     device = torch.device("cpu")
     assert self_check("reference", device, torch.float32, 32)[0] < 1e-5
-    wrong = lambda q, k, v, plan, impl: v
+    wrong = lambda q, k, v, plan, impl, precision: v
     monkeypatch.setattr(exact, "block_sparse_attention", wrong)
     assert self_check.__wrapped__("reference", device, torch.float32, 32)[0] > 0.5

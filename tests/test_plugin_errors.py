@@ -38,7 +38,7 @@ BAD = {
         ("gna",), {"order": Order(kind="tiled", tile=(1, 2, 3))}, ValueError, r"tile=\(1, 2, 3\)",
     ),
     "layers that do not exist": (("gna",), {"dense_layers": (4,)}, ValueError, r"\[4\].*has 4"),
-    "precision": (("gna",), {"precision": "fp8"}, ValueError, "'fp8'.*Available"),
+    "precision": (("gna",), {"precision": "fp3"}, ValueError, "'fp3'.*Available"),
 }  # fmt: skip
 
 

@@ -15,6 +15,8 @@ EXAMPLES = {
     "default": Recipe(),
     "auto": recipes.build("auto"),
     "gna": recipes.build("gna"),
+    "sage": recipes.build("sage"),
+    "fp8": recipes.build("gna", precision="fp8-smooth_k"),
     "flux_4k": FLUX_4K,
     "everything": Recipe(
         name="mine",
@@ -22,7 +24,7 @@ EXAMPLES = {
         plan=Neighborhood(
             window=(None, 24, 24), stride=(1, 8, 8), dilation=(1, 2, 1), causal=(True, False, False)
         ),
-        precision=Precision(qk="model"),
+        precision=Precision(qk="int8", pv="fp8", smooth_v=True, k_scale="row"),
         schedule=Schedule(dense_start=0.25, dense_layers=(0, -1), min_steps=4),
     ),
 }
@@ -36,6 +38,25 @@ def test_json_round_trip(recipe, tmp_path):
     assert values["version"] == 1
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert hash(Recipe.from_dict(values)) == hash(recipe)
+
+
+def test_recipes_from_before_precisions_load():
+    values = FLUX_4K.to_dict() | {"precision": {"qk": "model", "pv": "model"}}
+    assert Recipe.from_dict(values) == FLUX_4K
+    del values["precision"]
+    assert Recipe.from_dict(values) == FLUX_4K
+
+
+def test_precisions_of_recipes():
+    assert str(recipes.build("sage").precision) == "int8_fp8"
+    assert (
+        str(recipes.build("sage", qk="int4", pv="model", smooth_q=True).precision)
+        == "int4+smooth_q"
+    )
+    assert recipes.build("sage").schedule.first_step(4) == 0
+    for name in ("auto", "dense", "gna"):
+        assert recipes.build(name, precision="fp8").precision == Precision(qk="fp8", pv="fp8")
+        assert recipes.build(name, precision=Precision(pv="fp8")).precision.name == "model_fp8"
 
 
 def test_recipes_are_frozen_and_keyword_only():
@@ -56,6 +77,7 @@ def test_recipes_are_frozen_and_keyword_only():
         ({"plan": {"kind": "neighborhood", "density": 0}}, "density must lie"),
         ({"schedule": {"dense_start": 9}}, r"\[0, 1\], got 9"),
         ({"precision": {"qk": "fp3"}}, "qk='fp3'"),
+        ({"precision": {"smooth": True}}, "no 'smooth'"),
         ({"colour": "red"}, "no 'colour'"),
     ],
 )
@@ -76,6 +98,9 @@ def test_wrong_json(change, message):
         ("gna", {"order": "snake"}, ValueError, "'snake'"),
         ("gna", {"precision": "fp3"}, ValueError, "'fp3'"),
         ("gna", {"density": 1.5}, ValueError, "1.5"),
+        ("sage", {"qk": "int3"}, ValueError, "'int3'"),
+        ("sage", {"precision": "fp8"}, TypeError, "no option 'precision'"),
+        ("auto", {"precision": "fp8-fp8"}, ValueError, "'-fp8'"),
     ],
 )
 def test_wrong_options(name, options, error, message):

@@ -70,7 +70,9 @@ def visionfuse_attention(
             query, key, plan, attn_mask, dropout_p, is_causal, enable_gqa, _parallel_config
         )
     if plan is not None and reason is None:
-        out = block_sparse_attention(query, key, value, plan, scale=scale, impl=ACTIVE.impl)
+        out = block_sparse_attention(
+            query, key, value, plan, scale=scale, impl=ACTIVE.impl, precision=ACTIVE.precision
+        )
         return out  # pyright: ignore[reportReturnType]  (a pair only with return_lse)
     if reason is not None:
         _note(reason)

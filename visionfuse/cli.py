@@ -13,6 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from visionfuse.bench.command import engine
+from visionfuse.tune import tune
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -90,6 +93,15 @@ Density = Annotated[
 ]
 
 
+Formats = Annotated[
+    str | None,
+    typer.Option(
+        help="Number formats of attention: model, fp8, int8_fp8, int8, int4_fp8 ...; 'visionfuse info' lists "
+        "which kernel runs each here. Recipes sage, gna, auto and dense have it or their own."
+    ),
+]
+
+
 @app.command()
 def generate(
     model: Annotated[
@@ -107,6 +119,7 @@ def generate(
     dense_start: Annotated[
         float | None, typer.Option(help="Share of the steps at the start that stays dense.")
     ] = None,
+    precision: Formats = None,
     impl: Annotated[str, typer.Option(help="Attention implementation.")] = "auto",
     height: Annotated[int | None, typer.Option(help="Pixels.", min=16)] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", min=16)] = None,
@@ -129,8 +142,9 @@ def generate(
     """Generate an image with FLUX, accelerated, or compare it with the stock pipeline."""
     with user_errors():
         options = parse_options(
-            option or [], window=window, stride=stride, density=density, dense_start=dense_start
-        )
+            option or [], window=window, stride=stride, density=density, dense_start=dense_start,
+            precision=precision,
+        )  # fmt: skip
         _check_out(out)
         from visionfuse.pipelines import flux
         from visionfuse.reporting import report
@@ -174,15 +188,18 @@ def _shipped_model() -> str:
 
 def _print_expected(expected, impl: str) -> None:
     from visionfuse.info import default_device, default_dtype
-    from visionfuse.kernels.attention.api import select_implementation
+    from visionfuse.kernels.attention.dispatch import is_emulated
     from visionfuse.kernels.plan import plan_attention
+    from visionfuse.session import Choice, choose
 
     device = default_device()
+    precision = expected.recipe.precision
+    choice = Choice(impl, [], precision)
     if impl == "auto":
-        impl = select_implementation(device, default_dtype(device), expected.head_dim)[0]
+        choice = choose(impl, device, default_dtype(device), expected.head_dim, precision)
     made = plan_attention(
-        expected.layout, expected.recipe.plan, order=expected.recipe.order, impl=impl,
-        head_dim=expected.head_dim,
+        expected.layout, expected.recipe.plan, order=expected.recipe.order, impl=choice.impl,
+        head_dim=expected.head_dim, precision=choice.precision.name,
     )  # fmt: skip
     table = Table(box=None, show_header=False)
     table.add_row("recipe", json.dumps(expected.recipe.to_dict()["plan"]))
@@ -191,7 +208,12 @@ def _print_expected(expected, impl: str) -> None:
         table.add_row("", str(phase))
     table.add_row("density", f"{made.blocks.density:.1%}")
     table.add_row("visited", f"{made.blocks.visited_density:.1%}, in tiles {_times(made.tile)}")
-    table.add_row("implementation", impl)
+    if not precision.is_model:
+        emulated = ", emulated" if is_emulated(choice.impl, choice.precision) else ""
+        table.add_row("precision", f"{choice.precision}{emulated}")
+        for reason in choice.precision_reasons:
+            table.add_row("precision refused", reason)
+    table.add_row("implementation", choice.impl)
     console.print(table)
 
 
@@ -220,26 +242,14 @@ def _print_comparison(result) -> None:
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Versions, device, and which implementations run here and why the others do not."""
-    from visionfuse.info import collect
+    from visionfuse.info import collect, tables
 
     facts = collect()
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    table = Table("package", "version", box=None)
-    for name, version in {"python": facts["python"], **facts["packages"]}.items():
-        table.add_row(name, version or "[dim]not installed[/]")
-    console.print(table)
-    device = facts["device"]
-    details = [device["name"], f"{device['threads']} threads on {device['cores']} cores"]
-    if "capability" in device:
-        details[1:] = [f"sm_{device['capability'].replace('.', '')}", f"{device['memory_gib']} GiB"]
-    console.print(f"\nDevice: {', '.join(details)}; default dtype {facts['dtype']}\n")
-    table = Table("attention", "runs here", "why not", box=None)
-    for name, state in facts["attention"].items():
-        runs = "[green]yes[/]" if state["runs"] else "[red]no[/]"
-        table.add_row(name, runs, escape("; ".join(state["reasons"])))
-    console.print(table)
+    for part in tables(facts):
+        console.print(part)
 
 
 @app.command()
@@ -420,6 +430,9 @@ def _print_bench_plan(cases, settings) -> None:
     limit = "" if settings.seconds is None else f"; --seconds {settings.seconds:g}"
     say(f"About {total:.0f} s in all, by guessed speeds{limit}.")
 
+
+bench.command()(engine)
+app.command()(tune)
 
 if __name__ == "__main__":
     app()

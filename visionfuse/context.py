@@ -25,6 +25,7 @@ class Active:
 
     plan: of the routed layers, in the order in which the tokens lie; None: nothing is routed.
     impl: the attention implementation that `plan` was made for.
+    precision: the canonical name of the formats it runs in.
     permutation: int64 [S], position -> model index, if the sequence was permuted.
     rope: rotary tables in the order of the tokens, for models that would compute their own.
     own_backend: the diffusers backend that the model's own attention would use.
@@ -37,6 +38,7 @@ class Active:
     def clear(self) -> None:
         self.plan: BlockPlan | None = None
         self.impl: str = "auto"
+        self.precision: str = "model"
         self.permutation: Tensor | None = None
         self.rope: tuple[Tensor, ...] | None = None
         self.own_backend: Any = None

@@ -1,15 +1,19 @@
-"""What `visionfuse info` prints: versions, device, and which implementations run here or why not."""
+"""What `visionfuse info` prints: versions, device, which implementations run here or why not, and which one
+takes each precision."""
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from .kernels.attention import implementations, unsupported_reasons
+from .kernels.attention import implementations, select_implementation, unsupported_reasons
+from .kernels.attention.dispatch import is_emulated
+from .kernels.attention.precision import NAMES, Precision
 from .kernels.plan import compress
 
 PACKAGES = (
@@ -33,7 +37,44 @@ def collect(head_dim: int = 64) -> dict[str, Any]:
             for name in implementations()
             for reasons in [_reasons(name, device, dtype, head_dim)]
         },
+        "precision": {
+            name: {
+                "impl": impl,
+                "emulated": is_emulated(impl, Precision.parse(name)),
+                "reasons": reasons,
+            }
+            for name in NAMES
+            for impl, reasons in [select_implementation(device, dtype, head_dim, name)]
+        },
     }
+
+
+def tables(facts: dict[str, Any]) -> Iterator[Any]:
+    """What `collect` found, as rich prints it."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("package", "version", box=None)
+    for name, installed in {"python": facts["python"], **facts["packages"]}.items():
+        table.add_row(name, installed or "[dim]not installed[/]")
+    yield table
+    device = facts["device"]
+    details = [device["name"], f"{device['threads']} threads on {device['cores']} cores"]
+    if "capability" in device:
+        details[1:] = [f"sm_{device['capability'].replace('.', '')}", f"{device['memory_gib']} GiB"]
+    yield f"\nDevice: {', '.join(details)}; default dtype {facts['dtype']}\n"
+    table = Table("attention", "runs here", "why not", box=None)
+    for name, state in facts["attention"].items():
+        runs = "[green]yes[/]" if state["runs"] else "[red]no[/]"
+        table.add_row(name, runs, escape("; ".join(state["reasons"])))
+    yield table
+    yield ""
+    table = Table("precision", "runs in", "why not faster", box=None)
+    for name, state in facts["precision"].items():
+        how = f"{state['impl']}, emulated (slow)" if state["emulated"] else state["impl"]
+        why = state["reasons"] if device["type"] == "cuda" else ["there is no GPU"]
+        table.add_row(name, how, escape("; ".join(why)))
+    yield table
 
 
 def default_device() -> torch.device:

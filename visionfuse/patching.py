@@ -48,11 +48,9 @@ class Enabled:
 
     @property
     def changes_attention(self) -> bool:
-        """False where the model's own attention is the answer: an exact plan, no named implementation, and
-        no GPU for which a faster exact kernel is known."""
-        return (
-            not isinstance(self.recipe.plan, Dense) or self.impl != "auto" or has_faster_kernels()
-        )
+        """False where the model's own attention is the answer: an exact plan in the model's precision, no
+        named implementation, and no GPU for which a faster exact kernel is known."""
+        return _changes_numbers(self.recipe, self.impl) or has_faster_kernels()
 
 
 def enable_visionfuse(
@@ -60,10 +58,10 @@ def enable_visionfuse(
 ) -> None:
     """Run the denoisers of this pipeline by a recipe from its next call on.
 
-    recipe: a name ("auto", "dense", "gna") with its options, or a `Recipe`. "auto" never drops a
+    recipe: a name ("auto", "dense", "gna", "sage") with its options, or a `Recipe`. "auto" never drops a
         token and never changes a linear layer.
     impl: the attention implementation, "auto" or a name of `visionfuse.kernels.attention`.
-    options: of the named recipe, for example window, density, stride, dense_steps.
+    options: of the named recipe, for example window, density, stride, dense_steps, precision.
 
     Only this object changes; another pipeline of the same class stays as it is, even where it shares
     the transformer. Calling it again replaces the recipe. Raises ValueError or TypeError, without any
@@ -109,6 +107,10 @@ def _resolve(recipe: str | Recipe, options: dict) -> Recipe:
     return recipe
 
 
+def _changes_numbers(recipe: Recipe, impl: str) -> bool:
+    return not isinstance(recipe.plan, Dense) or impl != "auto" or not recipe.precision.is_model
+
+
 def _check_pipe(pipe: Any, recipe: Recipe, impl: str) -> None:
     if impl != "auto" and impl not in implementations():
         raise ValueError(
@@ -116,7 +118,7 @@ def _check_pipe(pipe: Any, recipe: Recipe, impl: str) -> None:
             f"{', '.join(implementations())}."
         )
     found = list(denoisers(pipe))
-    if isinstance(recipe.plan, Dense) and impl == "auto":
+    if not _changes_numbers(recipe, impl):
         return
     if not found:
         models = sorted({type(m).__name__ for m in pipe.components.values()
@@ -146,9 +148,12 @@ def _check_denoiser(denoiser: Denoiser, recipe: Recipe, impl: str) -> None:
         if torch.cuda.is_available():
             devices.add(torch.device("cuda"))
         dtype = getattr(model, "dtype", torch.float32)
-        reasons = {str(d): refusals(impl, d, dtype, site.head_dim(model)) for d in devices}
+        reasons = {
+            str(d): refusals(impl, d, dtype, site.head_dim(model), recipe.precision)
+            for d in devices
+        }
         if reasons and all(reasons.values()):
-            raise ValueError(refusal(impl, reasons))
+            raise ValueError(refusal(impl, reasons, recipe.precision))
 
 
 def _check_neighborhood(plan: Neighborhood, axes: int, where: str) -> None:

@@ -12,32 +12,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .kernels.attention.precision import Precision
 from .kernels.order import Order
 from .kernels.plan import Dense, Neighborhood
 from .schedule import Schedule
 
+__all__ = ["PLANS", "VERSION", "Precision", "Recipe"]
+
 VERSION = 1
 PLANS: dict[str, type] = {"dense": Dense, "neighborhood": Neighborhood}
-FORMATS = ("model",)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Precision:
-    """The formats in which queries meet keys (qk) and weights meet values (pv).
-
-    "model" keeps what the model computes in, usually bfloat16.
-    """
-
-    qk: str = "model"
-    pv: str = "model"
-
-    def __post_init__(self):
-        for name in ("qk", "pv"):
-            if getattr(self, name) not in FORMATS:
-                raise ValueError(
-                    f"Unknown precision {name}={getattr(self, name)!r}. "
-                    f"Available: {', '.join(map(repr, FORMATS))}."
-                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +52,7 @@ class Recipe:
             "name": self.name,
             "order": _plain(self.order),
             "plan": {"kind": kind, **_plain(self.plan)},
-            "precision": _plain(self.precision),
+            "precision": self.precision.to_dict(),
             "schedule": _plain(self.schedule),
         }
 

@@ -59,15 +59,21 @@ def options_of(name: str) -> list[str]:
 
 
 @named("auto")
-def auto() -> Recipe:
-    """The fastest attention that is exact: every token meets every other, in the model's format."""
-    return Recipe(plan=Dense(), order=Order(kind="row"), schedule=Schedule(min_steps=0))
+def auto(*, precision: str | Precision = "model") -> Recipe:
+    """The fastest attention that is exact: every token meets every other, in the model's format.
+
+    precision: another format for all layers and steps, for example "fp8"; see `Precision`.
+    """
+    return _every_pair(Precision.parse(precision))
 
 
 @named("dense")
-def dense() -> Recipe:
-    """Exact attention. With impl= it runs in an implementation of visionfuse, for comparison."""
-    return Recipe(plan=Dense(), order=Order(kind="row"), schedule=Schedule(min_steps=0))
+def dense(*, precision: str | Precision = "model") -> Recipe:
+    """Exact attention. With impl= it runs in an implementation of visionfuse, for comparison.
+
+    precision: another format for all layers and steps, for example "fp8"; see `Precision`.
+    """
+    return _every_pair(Precision.parse(precision))
 
 
 @named("gna")
@@ -92,6 +98,8 @@ def gna(
         windows move by up to 16 tokens, so that whole blocks share one.
     dense_start, dense_steps: the part of the run that stays dense, 9/28 of it by default.
     min_steps: shorter runs stay dense; 9, or 0 when dense_start or dense_steps asks for a plan.
+    precision: the format of the steps that follow the plan, "fp8" or "int8_fp8" for example; the dense
+        ones stay the model's own attention.
 
     The paper's setting for FLUX at 4096 x 4096 is window=(80, 80), stride=(16, 16), dense_steps=9.
     """
@@ -114,13 +122,40 @@ def gna(
         plan=Neighborhood(
             window=window, density=density, stride=stride, dilation=dilation, causal=causal
         ),
-        precision=precision
-        if isinstance(precision, Precision)
-        else Precision(qk=precision, pv=precision),
+        precision=Precision.parse(precision),
         schedule=Schedule(
             dense_start=GNA_DENSE_START if dense_start is None else dense_start,
             dense_steps=dense_steps,
             dense_layers=dense_layers,
             min_steps=min_steps,
         ),
+    )
+
+
+@named("sage")
+def sage(
+    *,
+    qk: str = "int8",
+    pv: str = "fp8",
+    smooth_k: bool = True,
+    smooth_q: bool = False,
+    smooth_v: bool = False,
+) -> Recipe:
+    """SageAttention2 (arXiv 2411.10958) as it runs on Hopper: every pair, INT8 queries and keys that lost
+    their mean, FP8 weights and values, in every step and layer.
+
+    qk: "int8", "int4" or "fp8"; pv: "fp8" or "model". smooth_q is emulated only. INT4 is multiplied as INT8
+        on Hopper, which has no INT4: it shows the quality of 4 bits and is no faster.
+    """
+    return _every_pair(
+        Precision(qk=qk, pv=pv, smooth_k=smooth_k, smooth_q=smooth_q, smooth_v=smooth_v)
+    )
+
+
+def _every_pair(precision: Precision) -> Recipe:
+    return Recipe(
+        plan=Dense(),
+        order=Order(kind="row"),
+        precision=precision,
+        schedule=Schedule(min_steps=0),
     )

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from .kernels.attention.dispatch import is_emulated
+from .kernels.attention.precision import Precision
 from .kernels.order import Order
 from .kernels.plan import Dense, Neighborhood, TokenLayout
 from .patching import get
@@ -22,6 +24,7 @@ class DenoiserReport:
     density, visited_density: share of the (query, key) pairs that the plan shows, and that the
         kernel multiplies because they lie in visited blocks.
     gain: expected speed-up of self-attention over the whole run, if time follows visited pairs.
+    precision: what the plan runs in, and how; precision_reasons: why not in the recipe's, if so.
     phases: which steps of the last run were dense and which followed the plan.
     calls: forwards so far, by kind. notes: reasons for the model's own attention, with counts.
     """
@@ -39,6 +42,8 @@ class DenoiserReport:
     gain: float | None = None
     impl: str | None = None
     impl_reasons: tuple[str, ...] = ()
+    precision: str | None = None
+    precision_reasons: tuple[str, ...] = ()
     phases: tuple[str, ...] = ()
     calls: dict[str, int] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
@@ -64,6 +69,10 @@ class DenoiserReport:
                 "expected",
                 f"{self.gain:.2f}x for self-attention over the run, from visited pairs",
             )
+        if self.precision is not None:
+            yield "precision", self.precision
+        for reason in self.precision_reasons:
+            yield "precision refused", reason
         if self.impl is not None:
             yield "implementation", self.impl
         for reason in self.impl_reasons:
@@ -114,7 +123,7 @@ def report(pipe: Any) -> Report:
             recipe=None,
             summary="visionfuse is not enabled; call pipe.enable_visionfuse()",
         )
-    if not enabled.changes_attention:
+    if not enabled.changes_attention or not found:
         names = ", ".join(f"{d.name} ({type(d.model).__name__})" for d in found)
         return Report(
             pipeline=type(pipe).__name__,
@@ -128,7 +137,7 @@ def report(pipe: Any) -> Report:
     return Report(
         pipeline=type(pipe).__name__,
         recipe=enabled.recipe,
-        summary=f"recipe {enabled.recipe.name!r}: {_plan(enabled.recipe)}; {enabled.recipe.schedule}",
+        summary=f"recipe {enabled.recipe.name!r}: {describe(enabled.recipe)}",
         denoisers=tuple(
             _denoiser(d, enabled.recipe, enabled.ran.get(d.name, Ran())) for d in found
         ),
@@ -162,10 +171,45 @@ def _denoiser(denoiser: Denoiser, recipe: Recipe, ran: Ran) -> DenoiserReport:
         gain=_gain(phases, plan.blocks.visited_density, routed / len(layers)) if plan else None,
         impl=ran.impl,
         impl_reasons=tuple(ran.impl_reasons),
+        precision=_precision(recipe, ran),
+        precision_reasons=tuple(ran.precision_reasons),
         phases=tuple(map(str, phases)),
         calls=dict(ran.calls),
         notes=notes,
     )
+
+
+def describe(recipe: Recipe) -> str:
+    """A recipe in words: which pairs, in which formats, when."""
+    formats = "" if recipe.precision.is_model else f", {_formats(recipe.precision)}"
+    return f"{_plan(recipe)}{formats}; {recipe.schedule}"
+
+
+def _formats(precision: Precision) -> str:
+    """Which formats, and which means are taken off: "queries and keys int8 less the mean of keys"."""
+    means = [
+        name for name, taken in (("keys", precision.smooth_k), ("queries", precision.smooth_q),
+                                 ("values", precision.smooth_v)) if taken
+    ]  # fmt: skip
+    own = "in the model's own format"
+    qk = own if precision.qk == "model" else f"in {precision.qk}"
+    pv = own if precision.pv == "model" else f"in {precision.pv}"
+    less = f", less the mean of {' and '.join(means)}" if means else ""
+    return f"queries and keys {qk}, weights and values {pv}{less} ({precision})"
+
+
+def _precision(recipe: Recipe, ran: Ran) -> str | None:
+    """In what the plan runs, and whether that is faster; None where there is nothing to tell."""
+    if ran.precision is None or (ran.precision.is_model and recipe.precision.is_model):
+        return None
+    if ran.precision.is_model:
+        return "the model's own"
+    if is_emulated(ran.impl or "blocks", ran.precision):
+        return (
+            f"{ran.precision}, emulated: rounded numbers, multiplied in full precision. It shows the quality "
+            "and is slower than the model's own"
+        )
+    return f"{ran.precision}, multiplied as such by {ran.impl}"
 
 
 def _gain(phases, visited: float, share: float) -> float | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,8 +22,10 @@ import torch
 
 from . import backend
 from .context import ACTIVE, LOCK
-from .exact import faster_kernel
-from .kernels.attention import select_implementation, unsupported_reasons
+from .exact import failed_check, faster_kernel
+from .kernels.attention import Precision, select_implementation, unsupported_reasons
+from .kernels.attention.dispatch import is_emulated
+from .kernels.attention.precision import MODEL
 from .kernels.plan import AttentionPlan, Dense, TokenLayout, compress, plan_attention
 from .recipe import Recipe
 from .schedule import Moment, moment
@@ -35,12 +37,17 @@ _RUNNING: list[Session] = []
 
 @dataclass
 class Ran:
-    """What a denoiser did since the pipeline was enabled, for the report."""
+    """What a denoiser did since the pipeline was enabled, for the report.
+
+    precision: what the plan runs in; another than the recipe's where `precision_reasons` say why.
+    """
 
     layout: TokenLayout | None = None
     plan: AttentionPlan | None = None
     impl: str | None = None
     impl_reasons: list[str] = field(default_factory=list)
+    precision: Precision | None = None
+    precision_reasons: list[str] = field(default_factory=list)
     steps: int | None = None
     calls: dict[str, int] = field(default_factory=lambda: {"plan": 0, "dense": 0})
     notes: dict[str, int] = field(default_factory=dict)
@@ -160,6 +167,7 @@ class Routing:
         ACTIVE.notes = self.ran.notes
         ACTIVE.plan = decision.plan.blocks if decision.plan and decision.routed else None
         ACTIVE.impl = self.ran.impl or "auto"
+        ACTIVE.precision = str(self.ran.precision or MODEL)
         ACTIVE.permutation = ACTIVE.rope = None
         if decision.plan is None or decision.plan.permutation is None:
             return args, kwargs
@@ -183,20 +191,25 @@ class Routing:
             return self.stock(layout.reason)
         now = self.now()
         ran.layout, ran.steps = layout, now.steps if now else None
+        choice = self.choose(arguments)
+        ran.precision, ran.precision_reasons = choice.precision, choice.precision_reasons
         impl = self.session.impl
-        if isinstance(recipe.plan, Dense) and impl == "auto":
+        if isinstance(recipe.plan, Dense) and impl == "auto" and choice.precision.is_model:
             impl, reason = self.faster_kernel(layout, arguments)
             if impl is None:
                 return self.stock(reason)
+            choice = replace(choice, impl=impl, impl_reasons=[])
+        ran.impl, ran.impl_reasons = choice.impl, choice.impl_reasons
         if now is None and recipe.schedule.first_step(1000) > 0:
             kind = type(getattr(self.session.pipe, "scheduler", None)).__name__
             return self.stock(f"{kind} does not tell the step, which the schedule needs")
         first = recipe.schedule.first_step(now.steps) if now else 0
         if now and first >= now.steps:
             return self.stock(f"the schedule keeps all of this run's {now.steps} steps dense")
-        plan = self.plan(layout, arguments, impl)
+        plan = self.plan(layout, arguments, choice)
         ran.plan = plan
-        if not isinstance(recipe.plan, Dense) and plan.blocks.visible == layout.length**2:
+        everything = plan.blocks.visible == layout.length**2 and choice.precision.is_model
+        if not isinstance(recipe.plan, Dense) and everything:
             return self.stock(
                 "the plan shows every token on this grid; the model's own attention runs"
             )
@@ -227,20 +240,22 @@ class Routing:
         hook = getattr(self.model, "_hf_hook", None)
         return torch.device(getattr(hook, "execution_device", None) or tokens.device), tokens.dtype
 
-    def plan(self, layout: TokenLayout, arguments: dict, impl: str) -> AttentionPlan:
+    def choose(self, arguments: dict) -> Choice:
         device, dtype = self.where(arguments)
         head_dim = self.site.head_dim(self.model)
-        impl, self.ran.impl_reasons = choose(impl, device, dtype, head_dim)
-        self.ran.impl = impl
+        return choose(self.session.impl, device, dtype, head_dim, self.recipe.precision)
+
+    def plan(self, layout: TokenLayout, arguments: dict, choice: Choice) -> AttentionPlan:
         # Plans are cached: made in inference mode, they could never meet autograd later.
         with torch.inference_mode(False):
             return plan_attention(
                 layout,
                 self.recipe.plan,
                 order=self.recipe.order,
-                impl=impl,
-                head_dim=head_dim,
-                device=device,
+                impl=choice.impl,
+                head_dim=self.site.head_dim(self.model),
+                precision=choice.precision.name,
+                device=self.where(arguments)[0],
             )
 
     def grid_order(self, plan: AttentionPlan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -275,32 +290,67 @@ class Routing:
             self.own = []
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What runs, why no faster implementation does, and why the recipe's precision does not, if so."""
+
+    impl: str
+    impl_reasons: list[str]
+    precision: Precision = MODEL
+    precision_reasons: list[str] = field(default_factory=list)
+
+
+@lru_cache(maxsize=64)
 def choose(
-    impl: str, device: torch.device, dtype: torch.dtype, head_dim: int
-) -> tuple[str, list[str]]:
-    """The implementation to use and why not a faster one. Raises ValueError with all reasons where a
-    named one cannot run."""
-    if impl == "auto":
-        return _select(device, dtype, head_dim)
-    reasons = refusals(impl, device, dtype, head_dim)
-    if reasons:
-        raise ValueError(refusal(impl, {str(device): reasons}))
-    return impl, []
+    impl: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    precision: Precision = MODEL,
+) -> Choice:
+    """The implementation and the precision to use. Raises ValueError with all reasons where a named
+    implementation cannot run.
+
+    Where "auto" finds a GPU without a kernel for a precision, the model's own stays: an emulation there only
+    costs time. On a CPU, where every precision is emulated, the picture is what one wants to see.
+    """
+    if impl != "auto":
+        reasons = refusals(impl, device, dtype, head_dim, precision)
+        if reasons:
+            raise ValueError(refusal(impl, {str(device): reasons}, precision))
+        return Choice(impl, [], precision)
+    refused: list[str] = []
+    if not precision.is_model:
+        name, reasons = select_implementation(device, dtype, head_dim, precision)
+        if is_emulated(name, precision):
+            if device.type == "cpu":
+                return Choice(name, reasons, precision)
+            refused = reasons or [f"no kernel has it on {device.type!r}"]
+        elif why := failed_check(name, device, dtype, head_dim, precision):
+            refused = [f"{name}: {why}"]
+        else:
+            return Choice(name, reasons, precision)
+    name, reasons = select_implementation(device, dtype, head_dim)
+    return Choice(name, reasons, MODEL, refused)
 
 
 @lru_cache(maxsize=64)
-def _select(device, dtype, head_dim):
-    return select_implementation(device, dtype, head_dim)
-
-
-@lru_cache(maxsize=64)
-def refusals(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+def refusals(
+    impl: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    precision: Precision = MODEL,
+) -> list[str]:
     """Every reason why a named implementation cannot run on a device."""
     q = torch.empty(1, 1, 1, head_dim, device=device, dtype=dtype)
     plan = compress(torch.ones(1, 1, dtype=torch.bool, device=device))
-    return unsupported_reasons(impl, q, q, q, plan)
+    return unsupported_reasons(impl, q, q, q, plan, precision)
 
 
-def refusal(impl: str, reasons: dict[str, list[str]]) -> str:
+def refusal(impl: str, reasons: dict[str, list[str]], precision: Precision = MODEL) -> str:
     lines = "\n".join(f"  - on {device}: {r}" for device, rs in reasons.items() for r in rs)
-    return f"impl={impl!r} cannot run here:\n{lines}\nUse impl='auto' to let visionfuse choose."
+    what = "" if precision.is_model else f" with precision={str(precision)!r}"
+    return (
+        f"impl={impl!r}{what} cannot run here:\n{lines}\nUse impl='auto' to let visionfuse choose."
+    )

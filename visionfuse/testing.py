@@ -50,6 +50,31 @@ def dense_attention(
     return out.transpose(1, 2).to(low), (top + total.log())[..., 0]
 
 
+class RoundedWeights:
+    """Stands in for an implementation: float64, but for weights that are rounded to e4m3, at 448 times their
+    size as 8-bit kernels hold them. With it `quantize.emulate` has the error that a careful kernel has."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype  # of the output
+
+    def unsupported(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> list[str]:
+        return []
+
+    def forward(self, q, k, v, plan: BlockPlan, scale: float, return_lse: bool):
+        mask = plan_mask(plan, q.shape[0], q.shape[2])
+        group = q.shape[2] // k.shape[2]
+        q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        scores = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
+        top = scores.amax(-1, keepdim=True)
+        weights = (scores - top.masked_fill(top == -torch.inf, 0.0)).exp() * 448
+        total = weights.sum(-1, keepdim=True)
+        weights = weights.float().to(torch.float8_e4m3fn).double()
+        out = weights @ v / total.masked_fill(total == 0, 1.0)
+        lse = scores.logsumexp(-1).float() if return_lse else None
+        return out.transpose(1, 2).to(self.dtype), lse
+
+
 def assert_within_budget(actual: Tensor, exact: Tensor, low: Tensor, *, what: str = "out") -> None:
     """Worst error of `actual` at most twice that of `low`, the low-precision twin, plus two ulp.
 

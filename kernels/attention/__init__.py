@@ -7,8 +7,10 @@ from .api import (
     select_implementation,
     unsupported_reasons,
 )
+from .precision import Precision
 
 __all__ = [
+    "Precision",
     "UnsupportedError",
     "block_sparse_attention",
     "implementations",

@@ -8,22 +8,29 @@ import torch
 from torch import Tensor
 
 from ..plan.block_plan import BlockPlan
-from .ops import IMPLEMENTATIONS, block_sparse_attention_op, implementation
+from . import dispatch
+from .dispatch import IMPLEMENTATIONS, PORTABLE, UnsupportedError
+from .ops import block_sparse_attention_op
+from .precision import MODEL, Precision
 
-
-class UnsupportedError(ValueError):
-    """A named implementation cannot run these inputs here; the message lists every reason."""
+__all__ = [
+    "UnsupportedError",
+    "block_sparse_attention",
+    "implementations",
+    "select_implementation",
+    "unsupported_reasons",
+]
 
 
 @overload
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *,
-    scale: float | None = None, return_lse: Literal[False] = False, impl: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, scale: float | None = None,
+    return_lse: Literal[False] = False, impl: str = "auto", precision: str | Precision = MODEL,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *,
-    scale: float | None = None, return_lse: Literal[True], impl: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, scale: float | None = None,
+    return_lse: Literal[True], impl: str = "auto", precision: str | Precision = MODEL,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def block_sparse_attention(
     q: Tensor,
@@ -34,6 +41,7 @@ def block_sparse_attention(
     scale: float | None = None,
     return_lse: bool = False,
     impl: str = "auto",
+    precision: str | Precision = MODEL,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the pairs that `plan` makes visible.
 
@@ -42,30 +50,31 @@ def block_sparse_attention(
     scale: factor of the scores, 1 / sqrt(D) by default.
     return_lse: also return the natural log of the sum of exponentials, (B, H, S_q) float32.
     impl: "auto" picks; a name raises UnsupportedError, with all reasons, where it cannot run.
+    precision: a `Precision` or its short name ("fp8", "int8_fp8", ...), "model" by default. Kernels that
+        multiply codes round the inputs first; where none runs, "blocks" emulates them, which is slow. The
+        lse of FP8 weights is that of the rounded ones, up to 1/16 off.
 
     Returns out (B, S_q, H, D) in q's dtype. Rows that see no key are 0, their lse -inf.
     """
     _check(q, k, v, plan)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if impl == "auto":
-        impl = _PORTABLE
-        if q.is_cuda and not training:
-            impl = _first_without_reasons(q, k, v, plan)[0]
-    else:
-        _require_known(impl)
     if not torch.compiler.is_compiling():
-        reasons = unsupported_reasons(impl, q, k, v, plan)
-        if training and impl in _ON_GPU:
+        precision = Precision.parse(precision)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if impl != "auto":
+        dispatch.require_known(impl)
+    elif training:
+        impl = PORTABLE
+    if training and isinstance(precision, Precision) and not torch.compiler.is_compiling():
+        # `blocks` and others are plain torch: autograd goes through them, not through the opaque op.
+        if impl in dispatch.ON_GPU or not precision.is_model:
+            reasons = unsupported_reasons(impl, q, k, v, plan, precision)
             reasons.append("it has no backward, and an input requires a gradient")
-        if reasons:
-            raise UnsupportedError(_refusal(impl, reasons))
-        if training:
-            # The others are plain torch: autograd goes through them, not through the opaque op.
-            out, lse = implementation(impl).forward(q, k, v, plan, scale, return_lse)
-            return (out, lse) if return_lse else out
+            raise UnsupportedError(dispatch.refusal(impl, list(dict.fromkeys(reasons)), precision))
+        out, lse = dispatch.run(impl, q, k, v, plan, scale, return_lse, precision)
+        return (out, lse) if return_lse else out  # pyright: ignore[reportReturnType]
     out, lse = block_sparse_attention_op(
-        q, k, v, plan.to_tensors(), plan.scalars(), scale, impl, return_lse
+        q, k, v, plan.to_tensors(), plan.scalars(), scale, impl, return_lse, str(precision)
     )
     return (out, lse) if return_lse else out
 
@@ -75,60 +84,30 @@ def implementations() -> tuple[str, ...]:
     return IMPLEMENTATIONS
 
 
-def unsupported_reasons(impl: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> list[str]:
+def unsupported_reasons(
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    precision: str | Precision = MODEL,
+) -> list[str]:
     """Every reason why `impl` cannot run these inputs; empty if it can."""
-    _require_known(impl)
-    try:
-        module = implementation(impl)
-    except ImportError as error:
-        return [f"it does not import here: {error}"]
-    return module.unsupported(q, k, v, plan)
+    return dispatch.unsupported_reasons(impl, q, k, v, plan, Precision.parse(precision))
 
 
 def select_implementation(
-    device: torch.device | str, dtype: torch.dtype, head_dim: int
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    precision: str | Precision = MODEL,
 ) -> tuple[str, list[str]]:
     """The implementation that "auto" takes, and why it did not take a faster one."""
     from ..plan.compress import compress
 
-    device = torch.device(device)
-    if device.type != "cuda":
-        return _PORTABLE, [
-            f"{name}: runs on GPUs, the tensors are on {device.type!r}" for name in _ON_GPU
-        ]
-    q = torch.empty(1, 1, 1, head_dim, device=device, dtype=dtype)
-    return _first_without_reasons(
-        q, q, q, compress(torch.ones_like(q[0, 0], dtype=torch.bool)[:, :1])
-    )
-
-
-# From the fastest to the slowest.
-_ON_GPU = ("gluon_sm90", "triton")
-_PORTABLE = "blocks"
-
-
-def _first_without_reasons(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan
-) -> tuple[str, list[str]]:
-    reasons = []
-    for name in _ON_GPU:
-        refused = unsupported_reasons(name, q, k, v, plan)
-        if not refused:
-            return name, reasons
-        reasons += [f"{name}: {reason}" for reason in refused]
-    return _PORTABLE, reasons
-
-
-def _require_known(impl: str) -> None:
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"Unknown implementation {impl!r}. Choose 'auto' or one of {', '.join(IMPLEMENTATIONS)}."
-        )
-
-
-def _refusal(impl: str, reasons: list[str]) -> str:
-    lines = "\n".join(f"  - {reason}" for reason in reasons)
-    return f"impl={impl!r} cannot run here:\n{lines}\nUse impl='auto' to let visionfuse choose."
+    q = torch.empty(1, 1, 1, head_dim, device=torch.device(device), dtype=dtype)
+    plan = compress(torch.ones(1, 1, dtype=torch.bool, device=q.device))
+    return dispatch.fastest(q, q, q, plan, Precision.parse(precision))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:

@@ -32,5 +32,5 @@ def forward(
     scores = (qd @ kd.mT * scale).masked_fill(~mask, -torch.inf)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
-    out = (weights @ vd).transpose(1, 2).to(q.dtype)
+    out = (weights @ vd).transpose(1, 2).to(q.dtype).contiguous()
     return out, lse.float() if return_lse else None
