@@ -1,4 +1,5 @@
-"""The portable Triton forward: in the interpreter here, on the GPU where there is one.
+"""The portable Triton forward: in the interpreter here, on the GPU where there is one. (Its 8-bit paths:
+test_triton_8bit.py; the kernel for whole entries on Hopper: test_triton_sm90.py.)
 
 Run as a script, the file compiles the kernel for GPUs that are not there and prints what they need:
 the interpreter replaces the compiler for a whole process, so this takes a process of its own.
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from visionfuse.kernels.attention import triton_forward
 from visionfuse.kernels.attention.prepared import prepare
+from visionfuse.kernels.plan import tiles
 from visionfuse.kernels.plan.block_plan import BlockPlan
 from visionfuse.kernels.plan.compress import compress
 from visionfuse.kernels.plan.layout import TokenLayout
@@ -167,6 +169,18 @@ def test_long_tiles_start_first():
     assert prepare(BlockPlan.from_tensors(plan.to_tensors(), plan.scalars()), 16) is ready
 
 
+@pytest.mark.parametrize("kind", ["intervals", "bits"])
+def test_entries_in_parts(kind, monkeypatch):
+    """GPUs with few registers or little shared memory multiply half an entry at a time."""
+    whole = triton_forward._tuning
+
+    def half(qk, pv, BM, BN, BD):
+        return whole(qk, pv, BM=BM, BN=BN, BD=BD) | {"BN": BN // 2}
+
+    monkeypatch.setattr(triton_forward, "_tuning", half)
+    check(random_plan(13, length_q=70, length_k=150, block_q=32, block_k=64, kind=kind, tables=2))
+
+
 # Memory layouts ----------------------------------------------------------------------------------
 
 
@@ -199,6 +213,15 @@ def test_unsupported_lists_every_reason():
     assert any("float64" in r for r in reasons)
     assert any("320" in r for r in reasons)
     assert any("512 queries" in r for r in reasons)
+
+
+@pytest.mark.parametrize("arch", [0, 80, 86, 89, 90, 100, 120])
+def test_shapes_of_the_planner_fit_fp32_too(arch):
+    """A plan is made for a precision and not for a dtype."""
+    for dim in (32, 64, 128):
+        for shape in tiles._triton_shapes(("cuda" if arch else "cpu", arch), dim, "model"):
+            assert max(shape.block_q, shape.block_k) <= 128
+            assert 7 * shape.block_q * dim <= triton_forward._shared_memory(arch)
 
 
 def test_supported():

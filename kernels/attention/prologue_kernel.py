@@ -1,187 +1,50 @@
-"""The kernels of `prologue.py`, in portable Triton, and how they are launched.
+"""The kernels of `prologue.py`, in portable Triton; `prologue_launch.py` cuts and launches them.
 
-`qk_kernel` reads every element of Q and K once: a program takes a block of tokens, keeps its rows of the
-rotary table in registers, and walks over several heads. `value_kernel` does the same for V, one head a
-program, so that a tile can be transposed. Only smoothing and per-channel scales need `first_read_kernel`
-before them: it leaves one partial result per (batch, head, chunk of tokens), and `reduce_kernel` adds these
-up in a fixed order, so that equal inputs give equal bits.
+`rows_kernel` reads every element of Q and K once: a program takes a block of tokens, keeps its rows of the
+rotary table in registers, and walks over several heads. Q and K have tiles of their own: a row with a scale
+of its own is best off in small programs, and a scale of 128 rows needs them all in registers, 64 numbers a
+thread (head dim 128). `value_kernel` does V, one head a program, so that a tile can be transposed. Only
+smoothing and per-channel scales need `first_kernel` before them: it leaves a partial result per chunk of
+tokens, which the first programs of the launch of Q add up in a fixed order, so that equal inputs give equal
+bits.
 
-Maxima of magnitudes are taken on the bits of fp32, as integers: the order is the same, NaN lies above
-infinity and is not lost, and integers have a warp reduction in hardware.
+In 8 bits the time is that of instructions and barriers, not of bytes: an SM of an H200 may spend 22
+instructions on an element in the time that memory takes to bring it. So the weights of the norm are
+multiplied into the rotary table once for all heads, the norm of a row into its scale, V is transposed inside
+threads, and sums over tokens never cross threads.
+
+Launches after the first may be early ones (`EARLY`, `WAIT`): they begin while the one in front still
+runs, and wait where they need its results (programmatic dependent launch, Hopper and newer).
+
+Maxima of magnitudes are compared as the bits of fp32, as integers: the order is the same, NaN lies above
+infinity and is not lost, and Hopper compares three at a time.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-_INTERPRET = triton.knobs.runtime.interpret
-CHUNK = 512  # tokens of a partial result
+INTERPRETED = triton.knobs.runtime.interpret
 # The least maximum that a scale is made of, 2**-100: all scales are normal fp32 numbers.
 _TINY_BITS: tl.constexpr = tl.constexpr((127 - 100) << 23)
-_MAGNITUDE: tl.constexpr = tl.constexpr(0x7FFFFFFF)
+_INFINITY_BITS: tl.constexpr = tl.constexpr(0xFF << 23)
+_NAN_BITS: tl.constexpr = tl.constexpr(0x7FC << 20)
 # Triton 3.6's interpreter loses the carry of a rounding to fp8 (31.9 becomes 16) and is off below 2**-6.
-_ROUND_FIRST: tl.constexpr = tl.constexpr(_INTERPRET)
+_ROUND_FIRST: tl.constexpr = tl.constexpr(INTERPRETED)
 # 1.5 * 2**23: adding it rounds to the nearest even integer, which is then in the low bits.
 _MAGIC: tl.constexpr = tl.constexpr(12582912.0)
 
 
-class Side(NamedTuple):
-    """One of q, k, v [B, S, H, D] and what is to be done with it. None: it is not done.
-
-    out: written with strides out_b, out_s, out_h, out_d. scale: fp32, contiguous; [B, H, ceil(S / N)]
-    of Q and K, [B, H, D] of V. weight: [D] of the norm. mean: fp32 [B, H, D], is subtracted.
-    """
-
-    x: Tensor
-    out: Tensor | None
-    scale: Tensor | None
-    weight: Tensor | None
-    mean: Tensor | None
-    b: int
-    s: int
-    h: int
-    out_b: int
-    out_s: int
-    out_h: int
-    out_d: int
-    length: int  # tokens of x
-    out_length: int  # tokens of out, without padding
-    heads: int
-
-
-class Rotary(NamedTuple):
-    """cos, sin: [S, D / 2], or [S, D] with every angle twice."""
-
-    cos: Tensor
-    sin: Tensor
-    cos_s: int
-    sin_s: int
-
-
-class Launch(NamedTuple):
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: tuple
-    options: dict[str, Any]
-
-    def run(self) -> None:
-        self.kernel[self.grid](*self.arguments, **self.options)
-
-
-def quantizes(p: Tensor) -> bool:
-    return p.dtype in (torch.int8, torch.float8_e4m3fn)
-
-
-def qk_launch(
-    q: Side, k: Side, rotary: Rotary | None, order: Tensor | None, *, eps: float, fold: float,
-    rows: tuple[int, int],
-) -> Launch:  # fmt: skip
-    """Q and K in one kernel; `rows`: tokens of a scale of Q and of K."""
-    head_dim = q.x.shape[-1]
-    BD = triton.next_power_of_2(head_dim)
-    # 16 numbers a thread for tiles of one scale a row. A scale of many rows needs them in one program.
-    BM = max(2048 // BD, *rows)
-    warps = max(4, min(16, BM * BD // 1024))
-    heads = 8  # a program: its rows of the rotary table, 1 KiB a token, come once for all of them
-    groups_q, groups_k = triton.cdiv(q.heads, heads), triton.cdiv(k.heads, heads)
-    tokens = triton.cdiv(max(q.out_length, k.out_length), BM)
-    return Launch(
-        qk_kernel,
-        (groups_q + groups_k, tokens, q.x.shape[0]),
-        (q, k, rotary, order, groups_q, eps, fold),
-        {"NQ": rows[0], "NK": rows[1], "PAIRS": _pairs(rotary, head_dim), "D": head_dim, "BM": BM,
-         "BD": BD, "HEADS": heads} | _warps(warps),
-    )  # fmt: skip
-
-
-def value_launch(v: Side, order: Tensor | None, *, padded: int, layout: str) -> Launch:
-    """V in layout "tokens", "channels" or "channels16"; `padded`: tokens of out with padding."""
-    head_dim = v.x.shape[-1]
-    BD = triton.next_power_of_2(head_dim)
-    # 128 tokens are one whole cache line of a transposed row of bytes.
-    BM = min(128, max(16, 16384 // BD)) if layout != "tokens" else 4096 // BD
-    return Launch(
-        value_kernel,
-        (v.heads, triton.cdiv(padded, BM), v.x.shape[0]),
-        (v, order, padded),
-        {"D": head_dim, "BM": BM, "BD": BD, "TRANSPOSED": layout != "tokens",
-         "SWAPPED": layout == "channels16"} | _warps(8 if layout != "tokens" else 4),
-    )  # fmt: skip
-
-
-def first_read_launches(
-    k: Side,
-    v: Side,
-    rotary: Rotary | None,
-    *,
-    eps: float,
-    mean: Tensor | None,
-    scale: Tensor | None,
-) -> list[Launch]:
-    """Mean of K over tokens and scale of V per channel, fp32 [B, H, D] both; None: not this one."""
-    batch, heads, head_dim = k.x.shape[0], k.heads, k.x.shape[-1]
-    BD = triton.next_power_of_2(head_dim)
-    chunks = triton.cdiv(k.length, CHUNK)
-    shape = (batch, heads, chunks, head_dim)
-    part = [None if to is None else torch.empty(shape, dtype=torch.float32, device=k.x.device)
-            for to in (mean, scale)]  # fmt: skip
-    kinds = sum(to is not None for to in (mean, scale))
-    return [
-        Launch(
-            first_read_kernel,
-            (heads, chunks, batch * kinds),
-            (k, v, rotary, *part, chunks, batch, eps),
-            {"PAIRS": _pairs(rotary, head_dim), "D": head_dim, "BM": 2048 // BD, "BD": BD,
-             "CHUNK": CHUNK} | _warps(4),
-        ),
-        Launch(
-            reduce_kernel,
-            (batch * heads, kinds),
-            (*part, mean, scale, chunks, k.length),
-            {"D": head_dim, "BM": 2048 // BD, "BD": BD} | _warps(4),
-        ),
-    ]  # fmt: skip
-
-
-def _pairs(rotary: Rotary | None, head_dim: int) -> bool:
-    return rotary is not None and rotary.cos.shape[1] < head_dim
-
-
-def _warps(number: int) -> dict[str, int]:
-    return {} if _INTERPRET else {"num_warps": number}
-
-
-# Device code ---------------------------------------------------------------------------------------
-
-
 @triton.jit
-def _load_rows(side, b, h, o_row, read, D: tl.constexpr, BD: tl.constexpr):
-    """Rows of one head in fp32, [BM, BD]; zero where `read` is false and past column D."""
-    o_d = tl.arange(0, BD)
-    p = side.x + b * side.b + h * side.h
-    p = p + o_row[:, None] * side.s + o_d[None, :]
-    return tl.load(p, mask=read[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _load_channels(p, D: tl.constexpr, BD: tl.constexpr):
-    o_d = tl.arange(0, BD)
-    return tl.load(p + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _source(order, o_t, length, out_length):
+def _source(side, o_t):
     """Input rows of the output rows `o_t`, int64, and whether there is one."""
-    read = o_t < out_length
+    read = o_t < side.out_length
     o_row = o_t.to(tl.int64)
-    if order is not None:
-        o_row = tl.load(order + o_t, mask=read, other=-1).to(tl.int64)
-        read = (o_row >= 0) & (o_row < length)
+    if side.order is not None:
+        o_row = tl.load(side.order + o_t, mask=read, other=-1).to(tl.int64)
+        read = (o_row >= 0) & (o_row < side.length)
     return o_row, read
 
 
@@ -192,56 +55,92 @@ def _split(b_x, BM: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def _load_rows(p, read, D: tl.constexpr, BD: tl.constexpr):
+    """[BM, BD] in fp32; zero where `read` is false and past column D."""
+    inside = read[:, None] & (tl.arange(0, BD) < D)[None, :]
+    return tl.load(p, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_weight(p, D: tl.constexpr, BD: tl.constexpr):
+    """Even and odd channels, [1, BD / 2] each."""
+    o_d = 2 * tl.arange(0, BD // 2)
+    b_even = tl.load(p + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_odd = tl.load(p + o_d + 1, mask=o_d < D, other=0.0).to(tl.float32)
+    return b_even[None, :], b_odd[None, :]
+
+
+@triton.jit
 def _load_tables(
     rotary, o_row, read, PAIRS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr
 ):
     """cos and sin of every pair, [BM, BD / 2] each: of full tables cos at the even and sin at the odd
-    columns, as diffusers' Wan reads them. A block of 128 rows with both columns spilled registers."""
-    width: tl.constexpr = BD // 2 if PAIRS else BD
-    columns: tl.constexpr = D // 2 if PAIRS else D
-    o_d = tl.arange(0, width)
-    inside = read[:, None] & (o_d < columns)[None, :]
-    p_cos = rotary.cos + o_row[:, None] * rotary.cos_s + o_d[None, :]
-    p_sin = rotary.sin + o_row[:, None] * rotary.sin_s + o_d[None, :]
-    b_cos = tl.load(p_cos, mask=inside, other=0.0).to(tl.float32)
-    b_sin = tl.load(p_sin, mask=inside, other=0.0).to(tl.float32)
-    if not PAIRS:
-        b_cos, _ = _split(b_cos, BM, BD)
-        _, b_sin = _split(b_sin, BM, BD)
+    columns, as diffusers' Wan reads them. Halves are read in the same layout of registers."""
+    o_d = tl.arange(0, BD)
+    inside = read[:, None] & (o_d < D)[None, :]
+    o_table = (o_d // 2 if PAIRS else o_d)[None, :]
+    p_cos = rotary.cos + o_row[:, None] * rotary.cos_s + o_table
+    p_sin = rotary.sin + o_row[:, None] * rotary.sin_s + o_table
+    b_cos, _ = _split(tl.load(p_cos, mask=inside, other=0.0).to(tl.float32), BM, BD)
+    _, b_sin = _split(tl.load(p_sin, mask=inside, other=0.0).to(tl.float32), BM, BD)
     return b_cos, b_sin
 
 
 @triton.jit
-def _normalized(b_x, b_weight, eps, D: tl.constexpr):
-    """RMSNorm over columns, in fp32; the ones past D are zero."""
-    square = tl.sum(b_x * b_x, 1) / D
-    return b_x * tl.rsqrt(square + eps)[:, None] * b_weight[None, :]
+def _load_factors(
+    side, rotary, o_row, read, PAIRS: tl.constexpr, FOLD: tl.constexpr, ACROSS: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """What does not depend on the head: the weights (w_even, w_odd) of the norm and (c_even, s_odd, c_odd,
+    s_even), which make of a pair (a, b) the pair (a c_even - b s_odd, b c_odd + a s_even). With `FOLD` the
+    latter include the weights, for twice the registers."""
+    nothing = tl.zeros((1, 1), tl.float32)
+    weights = (nothing, nothing)
+    if side.weight is not None and not ACROSS:
+        weights = _load_weight(side.weight, D, BD)
+    factors = (nothing, nothing, nothing, nothing)
+    if rotary is not None:
+        b_cos, b_sin = _load_tables(rotary, o_row, read, PAIRS, D, BM, BD)
+        factors = (b_cos, b_sin, b_cos, b_sin)
+        if FOLD:
+            factors = (
+                b_cos * weights[0],
+                b_sin * weights[1],
+                b_cos * weights[1],
+                b_sin * weights[0],
+            )
+    return weights, factors
 
 
 @triton.jit
-def _rotated(b_x, tables, BM: tl.constexpr, BD: tl.constexpr):
-    """(a, b) -> (a cos - b sin, b cos + a sin) for every pair of neighbouring columns."""
+def _pairs_of_head(
+    side, rotary, weights, factors, b_x, b_rms, h, eps, FOLD: tl.constexpr, ACROSS: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Even and odd columns, weighted and rotated, [BM, BD / 2], and what their rows lack to be normed:
+    b_rms, or with a norm of their own theirs."""
     b_a, b_b = _split(b_x, BM, BD)
-    b_even = b_a * tables[0] - b_b * tables[1]
-    b_odd = b_b * tables[0] + b_a * tables[1]
-    return tl.reshape(tl.join(b_even, b_odd), (BM, BD))
-
-
-@triton.jit
-def _magnitude_bits(b_x):
-    return b_x.to(tl.int32, bitcast=True) & _MAGNITUDE
+    if side.weight is not None and not ACROSS:
+        b_rms = tl.rsqrt(tl.sum(b_a * b_a + b_b * b_b, 1) / D + eps)
+    if side.weight is not None and not FOLD:
+        if ACROSS:
+            weights = _load_weight(side.weight + h * D, D, BD)
+        b_a, b_b = b_a * weights[0], b_b * weights[1]
+    if rotary is not None:
+        b_a, b_b = b_a * factors[0] - b_b * factors[1], b_b * factors[2] + b_a * factors[3]
+    return b_a, b_b, b_rms
 
 
 @triton.jit
 def _maximum(bits):
-    """The maximum as a number above zero. NaN and infinity stay."""
-    return tl.maximum(bits, _TINY_BITS).to(tl.float32, bitcast=True)
+    """The maximum as a number above zero, NaN if it is not finite."""
+    bits = tl.where(bits < _INFINITY_BITS, tl.maximum(bits, _TINY_BITS), _NAN_BITS)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _codes(b_y, element: tl.constexpr):
-    """Rounded to the nearest code, ties to even. Where the scale is NaN or infinite the code is 0."""
-    b_y = tl.where(b_y == b_y, b_y, 0.0)
+    """Rounded to the nearest code, ties to even; NaN becomes any code."""
     if element == tl.int8:
         return (b_y + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
     else:
@@ -255,166 +154,288 @@ def _codes(b_y, element: tl.constexpr):
 
 @triton.jit
 def _walk_heads(
-    side, rotary, order, b, first, block, eps, fold, N: tl.constexpr, PAIRS: tl.constexpr,
-    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, HEADS: tl.constexpr,
+    side, rotary, program, per, eps, fold, N: tl.constexpr, LIMIT: tl.constexpr, PAIRS: tl.constexpr,
+    ACROSS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+    LATE: tl.constexpr,
 ):  # fmt: skip
-    """A block of tokens of heads first .. first + HEADS."""
+    """A block of tokens of `per` heads. Groups of heads are next to each other in memory and share the
+    rotary table in the L2 cache."""
+    FOLD: tl.constexpr = (
+        rotary is not None and side.weight is not None and not ACROSS and BM * BD <= 2048
+    )
+    groups, blocks = tl.cdiv(side.heads, per), tl.cdiv(side.out_length, BM)
+    first = (program % groups) * per
+    block = (program // groups) % blocks
+    b = (program // (groups * blocks)).to(tl.int64)
     element: tl.constexpr = side.out.dtype.element_ty
     o_d = tl.arange(0, BD)
     o_t = block * BM + tl.arange(0, BM)
-    o_row, read = _source(order, o_t, side.length, side.out_length)
+    o_row, read = _source(side, o_t)
     stored = (o_t < side.out_length)[:, None] & (o_d < D)[None, :]
-    if side.weight is not None:
-        b_weight = _load_channels(side.weight, D, BD)
-    if rotary is not None:
-        tables = _load_tables(rotary, o_row, read, PAIRS, D, BM, BD)
-    for index in range(first, tl.minimum(first + HEADS, side.heads)):
+    p_x = side.x + b * side.b + o_row[:, None] * side.s + o_d[None, :]
+    p_out = side.out + b * side.out_b + o_t.to(tl.int64)[:, None] * side.out_s + o_d[None, :]
+    weights, factors = _load_factors(side, rotary, o_row, read, PAIRS, FOLD, ACROSS, D, BM, BD)
+    if LATE:  # the table is no result of a launch before
+        gdc_wait()
+        gdc_launch_dependents()
+    b_rms = tl.full((BM,), 1.0, tl.float32)
+    if ACROSS:
+        b_rms = tl.load(side.rms + b * side.length + o_row, mask=read, other=0.0)
+    for index in tl.range(first, tl.minimum(first + per, side.heads), num_stages=STAGES):
         h = tl.zeros((), tl.int64) + index  # the interpreter counts in Python integers
-        b_x = _load_rows(side, b, h, o_row, read, D, BD)  # [BM, BD]
+        b_x = _load_rows(p_x + h * side.h, read, D, BD)
+        b_a, b_b, b_row = _pairs_of_head(
+            side, rotary, weights, factors, b_x, b_rms, h, eps, FOLD, ACROSS, D, BM, BD
+        )
         bh = b * side.heads + h
-        if side.weight is not None:
-            b_x = _normalized(b_x, b_weight, eps, D)
-        if rotary is not None:
-            b_x = _rotated(b_x, tables, BM, BD)
         if side.mean is not None:
-            b_mean = _load_channels(side.mean + bh * D, D, BD)
+            b_mean = tl.load(side.mean + bh * D + o_d, mask=o_d < D, other=0.0)
+            m_a, m_b = tl.split(tl.reshape(b_mean, (BD // 2, 2)))
+            b_a = b_a * b_row[:, None] - m_a[None, :]
+            b_b = b_b * b_row[:, None] - m_b[None, :]
             # Rows of padding stay zero: a mean there would cost them the best of their scale.
-            b_x = tl.where(read[:, None], b_x - b_mean[None, :], 0.0)
-        p = side.out + b * side.out_b + h * side.out_h
-        p = p + o_t.to(tl.int64)[:, None] * side.out_s + o_d[None, :]
-        if side.scale is not None:
-            limit: tl.constexpr = 127.0 if element == tl.int8 else 448.0
-            bits = tl.max(_magnitude_bits(b_x), 1)  # [BM]
-            bits = tl.max(tl.reshape(bits, (BM // N, N)), 1)
-            top = _maximum(bits)  # [BM / N]
+            b_row = tl.where(read, 1.0, 0.0)
+        if LIMIT > 0:
+            b_top = tl.maximum(tl.abs(b_a), tl.abs(b_b), propagate_nan=tl.PropagateNan.ALL)
+            bits = tl.max(b_top.to(tl.int32, bitcast=True), 1)  # [BM]
+            bits = (bits.to(tl.float32, bitcast=True) * b_row).to(tl.int32, bitcast=True)
+            top = _maximum(tl.max(tl.reshape(bits, (BM // N, N)), 1))  # [BM / N]
             scales = (side.out_length + N - 1) // N
             o_n = block * (BM // N) + tl.arange(0, BM // N)
-            tl.store(side.scale + bh * scales + o_n, top * (fold / limit), mask=o_n < scales)
-            inverse = tl.broadcast_to((limit / top)[:, None], (BM // N, N))
-            b_y = b_x * tl.reshape(inverse, (BM,))[:, None]
-            tl.store(p, _codes(b_y, element), mask=stored)
+            tl.store(side.scale + bh * scales + o_n, top * (fold / LIMIT), mask=o_n < scales)
+            inverse = tl.broadcast_to((LIMIT / top)[:, None], (BM // N, N))
+            b_row *= tl.reshape(inverse, (BM,))
+        b_y = tl.reshape(tl.join(b_a * b_row[:, None], b_b * b_row[:, None]), (BM, BD))
+        if LIMIT > 0:
+            tl.store(p_out + h * side.out_h, _codes(b_y, element), mask=stored)
         else:
-            tl.store(p, b_x.to(element), mask=stored)
+            tl.store(p_out + h * side.out_h, b_y.to(element), mask=stored)
 
 
-@triton.jit(do_not_specialize=["groups_q"])
-def qk_kernel(
-    q, k, rotary, order, groups_q, eps, fold, NQ: tl.constexpr, NK: tl.constexpr,
-    PAIRS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, HEADS: tl.constexpr,
+@triton.jit
+def _add_up(side, bh, blocks, count, D: tl.constexpr, BD: tl.constexpr):
+    """Mean of K from the partial sums of one head."""
+    BM: tl.constexpr = 1024 // BD
+    o_m, o_d = tl.arange(0, BM), tl.arange(0, BD)
+    acc = tl.zeros((BM, BD), tl.float32)
+    for start in range(0, blocks, BM):
+        inside = (start + o_m < blocks)[:, None] & (o_d < D)[None, :]
+        p = side.part + (bh * blocks + start + o_m)[:, None] * D + o_d[None, :]
+        acc += tl.load(p, mask=inside, other=0.0)
+    tl.store(side.mean + bh * D + o_d, tl.sum(acc, 0) / count, mask=o_d < D)
+
+
+@triton.jit
+def _greatest(side, bh, blocks, D: tl.constexpr, BD: tl.constexpr):
+    """Scale of V per channel from the partial maxima of one head."""
+    BM: tl.constexpr = 1024 // BD
+    o_m, o_d = tl.arange(0, BM), tl.arange(0, BD)
+    acc = tl.zeros((BM, BD), tl.int32)
+    for start in range(0, blocks, BM):
+        inside = (start + o_m < blocks)[:, None] & (o_d < D)[None, :]
+        p = side.part + (bh * blocks + start + o_m)[:, None] * D + o_d[None, :]
+        acc = tl.maximum(acc, tl.load(p, mask=inside, other=0.0).to(tl.int32, bitcast=True))
+    tl.store(side.scale + bh * D + o_d, _maximum(tl.max(acc, 0)) / 448.0, mask=o_d < D)
+
+
+@triton.jit
+def rows_kernel(
+    k_total, v_total, q, k, rotary, end_k_total, end_v_total, end_q, k_chunks, v_chunks, k_count,
+    per_q, per_k, eps, fold, NQ: tl.constexpr, NK: tl.constexpr, LIMIT: tl.constexpr,
+    PAIRS: tl.constexpr, ACROSS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    STAGES: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    # Groups of heads are next to each other in memory and share the rotary table in the L2 cache.
-    group, block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if group < groups_q:
-        if block * BM < q.out_length:
-            _walk_heads(q, rotary, order, b, group * HEADS, block, eps, fold, NQ, PAIRS, D, BM, BD,
-                        HEADS)  # fmt: skip
-    else:
-        if block * BM < k.out_length:
-            _walk_heads(k, rotary, order, b, (group - groups_q) * HEADS, block, eps, 1.0, NK, PAIRS,
-                        D, BM, BD, HEADS)  # fmt: skip
+    """WAIT: who waits for the launch in front, "totals" alone, "all", or "" (no early launch). Where all
+    do, the next launch begins when everything before this one is done: V then runs beside K."""
+    program = tl.program_id(0)
+    LATE: tl.constexpr = WAIT == "all"
+    if WAIT == "totals":
+        gdc_launch_dependents()
+    if WAIT != "" and program < end_v_total:
+        gdc_wait()
+    if k_total.x is not None and program < end_k_total:
+        _add_up(k_total, program.to(tl.int64), k_chunks, k_count, D, BD)
+    if v_total.x is not None and (program >= end_k_total) & (program < end_v_total):
+        _greatest(v_total, (program - end_k_total).to(tl.int64), v_chunks, D, BD)
+    if q.x is not None and (program >= end_v_total) & (program < end_q):
+        _walk_heads(q, rotary, program - end_v_total, per_q, eps, fold, NQ, LIMIT, PAIRS,
+                    ACROSS, D, BM, BD, STAGES, LATE)  # fmt: skip
+    if k.x is not None and program >= end_q:
+        _walk_heads(k, rotary, program - end_q, per_k, eps, 1.0, NK, LIMIT, PAIRS, ACROSS, D,
+                    BM, BD, STAGES, LATE)  # fmt: skip
 
 
 @triton.jit  # `padded` is specialised: a mask that ends anywhere makes stores of single bytes
 def value_kernel(
-    v, order, padded, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
-    TRANSPOSED: tl.constexpr, SWAPPED: tl.constexpr,
+    v, padded, LIMIT: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    ROWS: tl.constexpr, TRANSPOSED: tl.constexpr, SWAPPED: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
+    """A thread holds every ROWS-th row of the tile. Row m is token (m % ROWS) * BM / ROWS + m / ROWS, so
+    that those are neighbours, and transposing moves registers and then whole 16 bytes."""
     h, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
-    block = tl.program_id(1)
     element: tl.constexpr = v.out.dtype.element_ty
-    o_d = tl.arange(0, BD)
-    o_out = block * BM + tl.arange(0, BM)
-    o_t = o_out
+    o_d, o_m = tl.arange(0, BD), tl.arange(0, BM)
+    first = tl.program_id(1) * BM
+    o_t = first + o_m % ROWS * (BM // ROWS) + o_m // ROWS
     if SWAPPED:  # column j of 16 holds token (0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15)[j]
-        o_t = (o_out & ~14) | ((o_out & 2) << 2) | ((o_out & 12) >> 1)
-    o_row, read = _source(order, o_t, v.length, v.out_length)
-    b_v = _load_rows(v, b, h, o_row, read, D, BD)  # [BM, BD]
-    if v.scale is not None:
-        bh = b * v.heads + h
-        o_s = v.scale + bh * D + o_d
-        scale = tl.load(o_s, mask=o_d < D, other=1.0)
-        b_v = _codes(b_v * (1.0 / scale)[None, :], element)
-    else:
-        b_v = b_v.to(element)
+        o_t = (o_t & ~14) | ((o_t & 2) << 2) | ((o_t & 12) >> 1)
+    o_row, read = _source(v, o_t)
+    p = v.x + b * v.b + h * v.h + o_row[:, None] * v.s + o_d[None, :]
+    b_v = _load_rows(p, read, D, BD)
+    if WAIT == "first":
+        gdc_wait()
+    if LIMIT > 0:
+        scale = tl.load(v.scale + (b * v.heads + h) * D + o_d, mask=o_d < D, other=1.0)
+        b_v *= (1.0 / scale)[None, :]
     p = v.out + b * v.out_b + h * v.out_h
+    inside = first + o_m < padded
     if TRANSPOSED:
-        p = p + o_d.to(tl.int64)[:, None] * v.out_d + o_out[None, :]
-        tl.store(p, tl.trans(b_v), mask=(o_d < D)[:, None] & (o_out < padded)[None, :])
+        b_v = tl.permute(tl.reshape(b_v, (BM // ROWS, ROWS, BD)), (2, 1, 0))
+        b_v = tl.reshape(b_v, (BD, BM))
+        p = p + o_d.to(tl.int64)[:, None] * v.out_d + (first + o_m)[None, :]
+        inside = (o_d < D)[:, None] & inside[None, :]
     else:
-        p = p + o_out.to(tl.int64)[:, None] * v.out_s + o_d[None, :]
-        tl.store(p, b_v, mask=(o_out < padded)[:, None] & (o_d < D)[None, :])
+        p = p + (first + o_m).to(tl.int64)[:, None] * v.out_s + o_d[None, :]
+        inside = inside[:, None] & (o_d < D)[None, :]
+    if LIMIT > 0:
+        tl.store(p, _codes(b_v, element), mask=inside)
+    else:
+        tl.store(p, b_v.to(element), mask=inside)
+    if (
+        WAIT == "last"
+        and h == tl.num_programs(0) - 1
+        and tl.program_id(1) == tl.num_programs(1) - 1
+    ):
+        gdc_wait()  # one program is enough: what follows this launch must follow the one before, too
 
 
 @triton.jit
-def _sum_of_chunk(
-    side, rotary, b, h, chunk, eps, PAIRS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-    BD: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Sum over the tokens of a chunk of normed and rotated rows, [BD]."""
-    acc = tl.zeros((BM, BD), tl.float32)
-    if side.weight is not None:
-        b_weight = _load_channels(side.weight, D, BD)
-    for start in range(0, CHUNK, BM):
-        o_row = (chunk * CHUNK + start + tl.arange(0, BM)).to(tl.int64)
-        read = o_row < side.length
-        b_x = _load_rows(side, b, h, o_row, read, D, BD)
-        if side.weight is not None:
-            b_x = _normalized(b_x, b_weight, eps, D)
-        if rotary is not None:
-            b_x = _rotated(b_x, _load_tables(rotary, o_row, read, PAIRS, D, BM, BD), BM, BD)
-        acc += b_x
-    return tl.sum(acc, 0)
-
-
-@triton.jit
-def _bits_of_chunk(
-    side, b, h, chunk, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr
+def norms_kernel(
+    q, k, end_q, eps, D: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, EARLY: tl.constexpr
 ):
-    """Largest magnitude of a chunk per channel, as bits, [BD]."""
-    acc = tl.zeros((BM, BD), tl.int32)
-    for start in range(0, CHUNK, BM):
-        o_row = (chunk * CHUNK + start + tl.arange(0, BM)).to(tl.int64)
-        b_x = _load_rows(side, b, h, o_row, o_row < side.length, D, BD)
-        acc = tl.maximum(acc, _magnitude_bits(b_x))
-    return tl.max(acc, 0)
+    """1 / RMS of every token over all heads of Q and of K."""
+    program = tl.program_id(0)
+    if EARLY:
+        gdc_launch_dependents()
+    if q.x is not None and program < end_q:
+        _norms(q, program, eps, D, R, BC)
+    if k.x is not None and program >= end_q:
+        _norms(k, program - end_q, eps, D, R, BC)
 
 
-@triton.jit(do_not_specialize=["chunks", "batch"])
-def first_read_kernel(
-    k, v, rotary, p_sum, p_top, chunks, batch, eps, PAIRS: tl.constexpr, D: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr,
+@triton.jit
+def _norms(side, program, eps, D: tl.constexpr, R: tl.constexpr, BC: tl.constexpr):
+    blocks = tl.cdiv(side.length, R)
+    b = (program // blocks).to(tl.int64)
+    o_row = program % blocks * R + tl.arange(0, R)
+    read = o_row < side.length
+    p_x = side.x + b * side.b + o_row.to(tl.int64)[:, None] * side.s
+    square = tl.zeros((R, BC), tl.float32)
+    for start in range(0, side.heads * D, BC):
+        o_c = start + tl.arange(0, BC)
+        p = p_x + ((o_c // D).to(tl.int64) * side.h + o_c % D)[None, :]
+        inside = read[:, None] & (o_c < side.heads * D)[None, :]
+        b_x = tl.load(p, mask=inside, other=0.0).to(tl.float32)
+        square += b_x * b_x
+    b_rms = tl.rsqrt(tl.sum(square, 1) / (side.heads * D) + eps)
+    tl.store(side.rms + b * side.length + o_row, b_rms, mask=read)
+
+
+@triton.jit
+def first_kernel(
+    k, v, rotary, end_k, span, every, chunk_k, chunk_v, eps, PAIRS: tl.constexpr, ACROSS: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, G: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr, EARLY: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):  # fmt: skip
-    h, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    kind = tl.program_id(2) // batch  # 0 is K where K is read at all
-    b = (tl.program_id(2) % batch).to(tl.int64)
-    o_d = tl.arange(0, BD)
-    o_part = ((b * k.heads + h) * chunks + chunk) * D + o_d
-    if p_sum is not None and kind == 0:
-        b_sum = _sum_of_chunk(k, rotary, b, h, chunk, eps, PAIRS, D, BM, BD, CHUNK)
-        tl.store(p_sum + o_part, b_sum, mask=o_d < D)
-    if p_top is not None and (p_sum is None or kind == 1):
-        bits = _bits_of_chunk(v, b, h, chunk, D, BM, BD, CHUNK)
-        tl.store(p_top + o_part, bits.to(tl.float32, bitcast=True), mask=o_d < D)
+    program = tl.program_id(0)
+    if FOLLOWS:  # what comes next relies on this wait for the norms, too
+        gdc_wait()
+    if EARLY:
+        gdc_launch_dependents()
+    if k.part is not None and program < end_k:
+        _sums(k, rotary, program, span, every, chunk_k, eps, PAIRS, ACROSS, D, BD, G, RK)
+    if v.part is not None and program >= end_k:
+        _tops(v, program - end_k, chunk_v, D, BD, G, RV)
 
 
-@triton.jit(do_not_specialize=["chunks", "length"])
-def reduce_kernel(
-    p_sum, p_top, p_mean, p_scale, chunks, length, D: tl.constexpr, BM: tl.constexpr,
-    BD: tl.constexpr,
+@triton.jit
+def _piece(side, program, length, chunk, G: tl.constexpr):
+    """(first head, chunk of tokens, batch entry, chunks) of a program."""
+    groups, chunks = tl.cdiv(side.heads, G), tl.cdiv(length, chunk)
+    rest = program // groups
+    return (program % groups) * G, rest % chunks, (rest // chunks).to(tl.int64), chunks
+
+
+@triton.jit
+def _sums(
+    side, rotary, program, span, every, chunk, eps, PAIRS: tl.constexpr, ACROSS: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    bh, kind = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    o_m, o_d = tl.arange(0, BM), tl.arange(0, BD)
-    o_part = (bh * chunks + o_m)[:, None] * D + o_d[None, :]
-    if p_sum is not None and kind == 0:
-        acc = tl.zeros((BM, BD), tl.float32)
-        for start in range(0, chunks, BM):
-            inside = (start + o_m < chunks)[:, None] & (o_d < D)[None, :]
-            acc += tl.load(p_sum + o_part + start * D, mask=inside, other=0.0)
-        tl.store(p_mean + bh * D + o_d, tl.sum(acc, 0) / length, mask=o_d < D)
-    if p_top is not None and (p_sum is None or kind == 1):
-        bits = tl.zeros((BM, BD), tl.int32)
-        for start in range(0, chunks, BM):
-            inside = (start + o_m < chunks)[:, None] & (o_d < D)[None, :]
-            b_top = tl.load(p_top + o_part + start * D, mask=inside, other=0.0)
-            bits = tl.maximum(bits, _magnitude_bits(b_top))
-        tl.store(p_scale + bh * D + o_d, _maximum(tl.max(bits, 0)) / 448.0, mask=o_d < D)
+    """Sums of normed and rotated rows over a chunk of tokens, for G heads side by side, which read the
+    rotary table from the L1 cache: a thread keeps to its channels, so that rows never cross threads."""
+    first, index, b, chunks = _piece(side, program, span, chunk, G)
+    o_h, o_r = first + tl.arange(0, G)[:, None, None], tl.arange(0, R)[None, :, None]
+    o_d, o_p = tl.arange(0, BD)[None, None, :], 2 * tl.arange(0, BD // 2)[None, None, :]
+    inside = (o_h < side.heads) & (o_d < D)
+    known = (o_h < side.heads) & (o_p < D)  # [G, 1, BD / 2]
+    p_x = side.x + b * side.b + o_h.to(tl.int64) * side.h + o_r.to(tl.int64) * side.s + o_d
+    if side.weight is not None:
+        p_w = side.weight + (o_h if ACROSS else o_h * 0) * D + o_p
+        w_a = tl.load(p_w, mask=known, other=0.0).to(tl.float32)
+        w_b = tl.load(p_w + 1, mask=known, other=0.0).to(tl.float32)
+    if rotary is not None:
+        o_table = (o_d // 2 if PAIRS else o_d) + o_h * 0
+        p_cos = rotary.cos + o_r.to(tl.int64) * rotary.cos_s + o_table
+        p_sin = rotary.sin + o_r.to(tl.int64) * rotary.sin_s + o_table
+    acc_a = tl.zeros((G, 1, BD // 2), tl.float32)
+    acc_b = tl.zeros((G, 1, BD // 2), tl.float32)
+    for start in range(0, chunk, R):
+        t = index * chunk + start
+        run = t // 16  # of 16 tokens; R divides 16
+        row = tl.zeros((), tl.int64) + ((run * every + run % every) * 16 + t % 16)
+        read = (row + o_r < side.length) & inside
+        b_x = tl.load(p_x + row * side.s, mask=read, other=0.0).to(tl.float32)
+        b_a, b_b = tl.split(tl.reshape(b_x, (G, R, BD // 2, 2)))
+        b_rms = tl.full((G, R, 1), 1.0, tl.float32)
+        if side.weight is not None:
+            if ACROSS:
+                p_rms = side.rms + b * side.length + row + o_r + o_h * 0
+                b_rms = tl.load(
+                    p_rms, mask=(row + o_r < side.length) & (o_h < side.heads), other=0.0
+                )
+            else:
+                square = tl.sum(b_a * b_a + b_b * b_b, 2, keep_dims=True)  # [G, R, 1]
+                b_rms = tl.rsqrt(square / D + eps)
+            b_a, b_b = b_a * w_a, b_b * w_b
+        if rotary is not None:
+            b_cos = tl.load(p_cos + row * rotary.cos_s, mask=read, other=0.0).to(tl.float32)
+            b_sin = tl.load(p_sin + row * rotary.sin_s, mask=read, other=0.0).to(tl.float32)
+            b_cos, _ = tl.split(tl.reshape(b_cos, (G, R, BD // 2, 2)))
+            _, b_sin = tl.split(tl.reshape(b_sin, (G, R, BD // 2, 2)))
+            b_a, b_b = b_a * b_cos - b_b * b_sin, b_b * b_cos + b_a * b_sin
+        acc_a += tl.sum(b_a * b_rms, 1, keep_dims=True)
+        acc_b += tl.sum(b_b * b_rms, 1, keep_dims=True)
+    p = side.part + ((b * side.heads + o_h) * chunks + index) * D + o_p
+    tl.store(p, acc_a, mask=known)
+    tl.store(p + 1, acc_b, mask=known)
+
+
+@triton.jit
+def _tops(
+    side, program, chunk, D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, R: tl.constexpr
+):
+    """Largest magnitude of a chunk of tokens per channel, for G heads side by side."""
+    first, index, b, chunks = _piece(side, program, side.length, chunk, G)
+    o_h, o_r = first + tl.arange(0, G)[:, None, None], tl.arange(0, R)[None, :, None]
+    o_d = tl.arange(0, BD)[None, None, :]
+    inside = (o_h < side.heads) & (o_d < D)
+    p_x = side.x + b * side.b + o_h.to(tl.int64) * side.h + o_r.to(tl.int64) * side.s + o_d
+    acc = tl.zeros((G, 1, BD), tl.int32)
+    for start in range(0, chunk, R):
+        row = tl.zeros((), tl.int64) + (index * chunk + start)
+        read = (row + o_r < side.length) & inside
+        b_x = tl.load(p_x + row * side.s, mask=read, other=0.0)
+        bits = tl.abs(b_x.to(tl.float32)).to(tl.int32, bitcast=True)
+        acc = tl.maximum(acc, tl.max(bits, 1, keep_dims=True))
+    p = side.part + ((b * side.heads + o_h) * chunks + index) * D + o_d
+    tl.store(p, acc.to(tl.float32, bitcast=True), mask=inside)

@@ -1,32 +1,110 @@
 """Block-sparse attention, forward, in portable Triton: NVIDIA sm_80 and newer, AMD, and the interpreter.
 
-One program computes one query tile of one head. It walks three lists with the online softmax of
-FlashAttention (Dao, arXiv 2307.08691, algorithm 1): whole full entries with no mask at all, ragged
-full entries (shorter than the block), and partial entries under an interval or a bit mask.
-`prepared.py` derives these lists and the packed masks from the plan.
+The host side of `triton_forward_kernel`: `forward` for inputs of 16 or 32 bits, `forward_quantized` for the
+codes that the prologue writes. `prepared.py` derives the lists and the packed masks from the plan.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..plan.block_plan import BlockPlan
+from ..plan.tiles import launch_options
+from . import triton_forward_kernel as device
+from . import triton_forward_sm90 as hopper
 from .prepared import PackedBits, PreparedPlan, prepare
+from .prologue import EIGHT_BIT, Operands, PrologueSpec
+from .triton_forward_kernel import forward_kernel
 
 MAX_HEAD_DIM = 256
 MAX_BLOCK = 256
+# Tokens that share a scale of keys, unless each has its own.
+SCALE_ROWS = 128
+# What `forward_quantized` reads; k_rows=1, smooth_k and softmax_scale are free. Values of 16 bits make "int8"
+# run where tensor cores have no FP8.
+TRITON_EIGHT_BIT = EIGHT_BIT | {"int8": PrologueSpec(qk="int8", k_rows=SCALE_ROWS)}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_CODES = (torch.int8, torch.float8_e4m3fn)
 _INTERPRET = triton.knobs.runtime.interpret
-_LN2: tl.constexpr = tl.constexpr(math.log(2.0))
+
+
+class Scales(NamedTuple):
+    """What codes are multiplied by, all fp32: q [B, H, Sq], k [B, Hk, blocks], v [B, Hk, D] or None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+    blocks: int
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> list[str]:
     """Every reason why `forward` cannot run on these inputs; empty if it can."""
+    reasons = _unsupported_anyhow(q, k, v, plan)
+    dtypes = {t.dtype for t in (q, k, v)}
+    if len(dtypes) > 1:
+        reasons.append(f"q, k and v must share one dtype, got {sorted(map(str, dtypes))}")
+    if q.dtype not in _DTYPES:
+        reasons.append(f"dtype must be float16, bfloat16 or float32, got {q.dtype}")
+    if v.shape[-1] != q.shape[-1]:
+        reasons.append(f"v must have the head dim of q, got {v.shape[-1]} and {q.shape[-1]}")
+    if q.is_cuda and torch.version.hip is None and q.dtype == torch.float32:
+        block = _block(plan, q.shape[-1])
+        major, minor = torch.cuda.get_device_capability(q.device)
+        # Queries in fp32 and, as six products want them, three times in bf16, two at a time.
+        if 7 * block["BM"] * block["BD"] > _shared_memory(10 * major + minor):
+            reasons.append(
+                f"float32 in blocks of {plan.block_q} queries at head dim {q.shape[-1]} takes more shared "
+                "memory than the GPU has"
+            )
+    if max(plan.block_q, plan.block_k) > MAX_BLOCK:
+        reasons.append(
+            f"plan blocks may have at most {MAX_BLOCK} tokens a side, got {plan.block_q} queries "
+            f"x {plan.block_k} keys"
+        )
+    return reasons
+
+
+def unsupported_quantized(x: Operands, plan: BlockPlan) -> list[str]:
+    """Every reason why `forward_quantized` cannot run on these operands; empty if it can."""
+    if x.q_scale is None or x.k_scale is None:
+        return ["the operands have no scales; make them with a spec of TRITON_EIGHT_BIT"]
+    reasons = _unsupported_anyhow(x.q, x.k, x.v, plan)
+    values = "float8_e4m3fn with a scale" if x.v_scale is not None else "of 16 or 32 bits"
+    if x.q.dtype not in _CODES or x.k.dtype != x.q.dtype:
+        reasons.append(
+            f"queries and keys must both be int8 or both float8_e4m3fn, got {x.q.dtype}, {x.k.dtype}"
+        )
+    if x.v.dtype not in (_DTYPES if x.v_scale is None else (torch.float8_e4m3fn,)):
+        reasons.append(f"values must be {values}, got {x.v.dtype}")
+    if torch.float8_e4m3fn in (x.q.dtype, x.v.dtype):
+        reasons += _unsupported_fp8(x.q.device)
+    if x.q.shape[2] % x.k.shape[2]:
+        reasons.append(f"{x.q.shape[2]} query heads do not divide into {x.k.shape[2]} key heads")
+    reasons += [
+        f"{name} must be {' or '.join(map(str, shapes))}, got {tuple(tensor.shape)}"
+        for name, tensor, *shapes in _expected_shapes(x, plan)
+        if tuple(tensor.shape) not in shapes
+    ]
+    if plan.block_q > MAX_BLOCK or plan.block_k > SCALE_ROWS:
+        reasons.append(
+            f"plan blocks may have at most {MAX_BLOCK} queries and {SCALE_ROWS} keys, got "
+            f"{plan.block_q} x {plan.block_k}"
+        )
+    step, straddles = _key_grid(plan)
+    if straddles and _key_rows(x) > 1:
+        reasons.append(f"key blocks of the plan must not straddle multiples of {SCALE_ROWS}")
+    if x.v_scale is not None and step % 16:
+        reasons.append("key blocks of the plan must start at multiples of 16 where values are FP8")
+    return reasons
+
+
+def _unsupported_anyhow(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> list[str]:
     reasons = []
     devices = {str(t.device) for t in (q, k, v)} | {str(plan.device)}
     if len(devices) > 1:
@@ -39,21 +117,57 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> list[str]:
             )
     elif not _INTERPRET:
         reasons.append(f"Triton kernels need a GPU, the tensors are on {q.device}")
-    dtypes = {t.dtype for t in (q, k, v)}
-    if len(dtypes) > 1:
-        reasons.append(f"q, k and v must share one dtype, got {sorted(map(str, dtypes))}")
-    if q.dtype not in _DTYPES:
-        reasons.append(f"dtype must be float16, bfloat16 or float32, got {q.dtype}")
     if q.shape[-1] > MAX_HEAD_DIM:
         reasons.append(f"the head dim may be at most {MAX_HEAD_DIM}, got {q.shape[-1]}")
-    if v.shape[-1] != q.shape[-1]:
-        reasons.append(f"v must have the head dim of q, got {v.shape[-1]} and {q.shape[-1]}")
-    if max(plan.block_q, plan.block_k) > MAX_BLOCK:
-        reasons.append(
-            f"plan blocks may have at most {MAX_BLOCK} tokens a side, got {plan.block_q} queries "
-            f"x {plan.block_k} keys"
-        )
     return reasons
+
+
+def _unsupported_fp8(where: torch.device) -> list[str]:
+    """Triton multiplies e4m3 on sm_89 and newer and on gfx950; gfx942 has another e4m3 (fnuz)."""
+    if where.type != "cuda":
+        return []
+    if torch.version.hip:
+        arch = torch.cuda.get_device_properties(where).gcnArchName.split(":")[0]
+        return [] if arch == "gfx950" else [f"its FP8 is e4m3fn, which {arch} does not multiply"]
+    if torch.cuda.get_device_capability(where) < (8, 9):
+        return [f"FP8 needs sm_89 or newer, this is {torch.cuda.get_device_name(where)}"]
+    return []
+
+
+def _expected_shapes(x: Operands, plan: BlockPlan):
+    batch, _, heads, dim = x.q.shape
+    kv_heads, blocks = x.k.shape[2], -(-plan.length_k // SCALE_ROWS)
+    yield "q", x.q, (batch, plan.length_q, heads, dim)
+    yield "k", x.k, (batch, plan.length_k, kv_heads, dim)
+    yield "q_scale", x.q_scale, (batch, heads, plan.length_q)
+    yield "k_scale", x.k_scale, (batch, kv_heads, blocks), (batch, kv_heads, plan.length_k)
+    if x.v_scale is None:
+        yield "v", x.v, (batch, plan.length_k, kv_heads, dim)
+    else:
+        yield "v", x.v, (batch, kv_heads, dim, blocks * SCALE_ROWS)
+        yield "v_scale", x.v_scale, (batch, kv_heads, dim)
+
+
+def _key_rows(x: Operands) -> int:
+    """Keys that share a scale."""
+    return 1 if x.k_scale.shape[2] == x.k.shape[1] else SCALE_ROWS
+
+
+# (what divides the starts of all entries, whether one straddles a block of scales), by the tensor that
+# identifies a plan.
+_grids: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _key_grid(plan: BlockPlan) -> tuple[int, bool]:
+    """The first call for a plan waits for the device, once."""
+    if plan.full.offset not in _grids:
+        start = torch.cat([plan.full.start, plan.partial.start]).long()
+        count = torch.cat([plan.full.count, plan.partial.count]).long()
+        straddles = start % SCALE_ROWS + count > SCALE_ROWS
+        facts = torch.stack([(start % 16).any().long(), straddles.any().long()])
+        odd, straddling = facts.tolist()
+        _grids[plan.full.offset] = (1 if odd else 16, bool(straddling))
+    return _grids[plan.full.offset]
 
 
 def forward(
@@ -72,256 +186,164 @@ def forward(
     if scale <= 0:  # the running maximum is taken before scaling, which needs a positive scale
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     q, k, v = _rows_in_memory(q), _rows_in_memory(k), _rows_in_memory(v)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return _run(q, k, v, None, plan, scale, return_lse, q.dtype)
+
+
+def forward_quantized(
+    x: Operands, plan: BlockPlan, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same of quantised q, k, v, as a spec of `TRITON_EIGHT_BIT` makes them.
+
+    Entries of the plan lie within blocks of 128 keys, as scales do, or every key has its own scale; FP8
+    values want entries that start at multiples of 16. Returns out [B, Sq, H, D], bf16 or in the dtype of
+    16-bit values, and lse as `forward`, of the keys as they are stored: without the mean that smoothing has
+    taken. The scale must be positive.
+    """
+    if not scale > 0:
+        raise ValueError(f"The scale must be positive, got {scale}; negate the queries instead.")
+    if _INTERPRET and x.v.dtype == torch.bfloat16:
+        out, lse = forward_quantized(x._replace(v=x.v.float()), plan, scale, return_lse)
+        return out.to(x.v.dtype), lse
+    scales = Scales(
+        x.q_scale.contiguous(), x.k_scale.contiguous(),
+        None if x.v_scale is None else x.v_scale.contiguous(), x.k_scale.shape[2],
+    )  # fmt: skip
+    dtype = x.v.dtype if x.v_scale is None else torch.bfloat16
+    q, k, v = _rows_in_memory(x.q), _rows_in_memory(x.k), _rows_in_memory(x.v)
+    return _run(q, k, v, scales, plan, scale, return_lse, dtype)
+
+
+def _run(q, k, v, scales, plan, scale, return_lse, dtype) -> tuple[Tensor, Tensor | None]:
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
     lse = None
     if return_lse:
         lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     if out.numel():
         with torch.cuda.device_of(q):
-            grid, arguments, options = launch(q, k, v, out, lse, plan, scale)
-            forward_kernel[grid](*arguments, **options)
+            for kernel, grid, arguments, options in launches(
+                q, k, v, out, lse, plan, scale, scales
+            ):
+                if kernel is forward_kernel:
+                    kernel[grid](*arguments, **options)
+                else:
+                    hopper.run_whole(grid, arguments, options)
     return out, lse
 
 
-def launch(q, k, v, out, lse, plan: BlockPlan, scale: float) -> tuple[tuple, tuple, dict]:
+def launches(
+    q, k, v, out, lse, plan: BlockPlan, scale: float, scales: Scales | None = None
+) -> list[tuple]:
+    """(kernel, grid, positional arguments, keyword arguments), in their order: one or two kernels."""
+    block = _block(plan, q.shape[-1])
+    if scales is not None or not hopper.fits(q, k, v, plan, block):
+        return [(forward_kernel, *launch(q, k, v, out, lse, plan, scale, scales))]
+    ready = prepare(plan, width=block["BN"])
+    if not hopper.is_worth_it(plan, ready):
+        return [(forward_kernel, *launch(q, k, v, out, lse, plan, scale))]
+    found, others = None, []
+    if ready.mask is not None or ready.whole_end is not None:
+        found = (
+            torch.empty(q.shape, dtype=torch.float32, device=q.device),
+            torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device),
+        )
+        grid, arguments, options = launch(q, k, v, *found, plan, scale)
+        others = [(forward_kernel, grid, arguments, options | {"WHOLE": False})]
+    whole = hopper.launch_whole(q, k, v, out, lse, plan, ready, scale, found)
+    return [*others, (hopper.whole_kernel, *whole)]
+
+
+def _block(plan: BlockPlan, head_dim: int, least: int = 16) -> dict[str, int]:
+    """Tensor cores multiply powers of two from 16 on, codes from 32; what a plan's blocks lack is masked."""
+    sides = zip(("BM", "BN", "BD"), (plan.block_q, plan.block_k, head_dim), strict=True)
+    return {name: max(least, triton.next_power_of_2(side)) for name, side in sides}
+
+
+def launch(
+    q, k, v, out, lse, plan: BlockPlan, scale: float, scales: Scales | None = None
+) -> tuple[tuple, tuple, dict]:
     """Grid, positional arguments and keyword arguments of `forward_kernel`."""
     batch, _, heads, head_dim = q.shape
-    # Tensor cores multiply powers of two from 16 on; what a plan's blocks lack is masked.
-    sides = zip(("BM", "BN", "BD"), (plan.block_q, plan.block_k, head_dim), strict=True)
-    block = {name: max(16, triton.next_power_of_2(side)) for name, side in sides}
+    block = _block(plan, head_dim, least=16 if scales is None else 32)
     ready = prepare(plan, width=block["BN"])
-    rows, visible = _policies(ready)
+    rows, visible = _mask_policies(ready)
+    values, value_strides, key_rows = device.rows_of_values, v.stride()[:3], 0
+    if scales is not None:
+        key_rows = 1 if scales.blocks == plan.length_k else SCALE_ROWS
+        if scales.v is not None:
+            values = device.channels_of_values
+            value_strides = (v.stride(0), v.stride(2), v.stride(1))
     variant_strides = (0, 0)
     if plan.variant is not None:
         b, h = plan.variant.shape
         variant_strides = (plan.variant.stride(0) * (b > 1), plan.variant.stride(1) * (h > 1))
     arguments = (
-        q, k, v, out, lse,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        q, k, v, out, lse, scales,
+        *q.stride()[:3], *k.stride()[:3], *value_strides, *out.stride()[:3],
         plan.q_start, plan.q_count, ready.order, plan.variant, *variant_strides,
         plan.full.offset, ready.whole_end, ready.full_start, ready.full_count,
         plan.partial.offset, plan.partial.start, plan.partial.count, ready.mask,
         plan.length_q, heads, heads // k.shape[2], plan.tiles, ready.heavy, scale / math.log(2.0),
     )  # fmt: skip
-    options = {"D": head_dim, **block, "ROWS": rows, "VISIBLE": visible, "WORDS": ready.words}
-    return (plan.tiles * batch * heads,), arguments, options | _tuning(q.dtype, **block)
+    tuning = _tuning(q.dtype, v.dtype, **block)
+    if scales is None:
+        tuning |= launch_options("triton", head_dim, plan.block_q, plan.block_k, device=q.device)
+    options = {"D": head_dim, **block, "ROWS": rows, "VISIBLE": visible, "WORDS": ready.words,
+               "PARTS": block["BN"] // tuning["BN"], "VALUES": values, "K_ROWS": key_rows,
+               "WHOLE": True}  # fmt: skip
+    return (plan.tiles * batch * heads,), arguments, options | tuning
 
 
-def _tuning(dtype: torch.dtype, BM: int, BN: int, BD: int) -> dict[str, int | str]:
-    """Warps, pipeline stages and the precision of dots, for the GPU at hand."""
+def _tuning(qk: torch.dtype, pv: torch.dtype, BM: int, BN: int, BD: int) -> dict:
+    """How the GPU at hand multiplies such blocks: BN keys at once, warps, pipeline stages, precision of
+    dots and whether they are waited for."""
     if _INTERPRET:
-        return {"PRECISION": "ieee"}
+        return {"BN": BN, "PRECISION": "ieee", "WAIT": False}
     target = triton.runtime.driver.active.get_current_target()
     if target.backend == "hip":  # matrix cores multiply fp32 as it is
-        return {"num_warps": 4 if BM * BD <= 128 * 64 else 8, "num_stages": 1, "PRECISION": "ieee"}
-    # sm_80, sm_90 and sm_100 have 163, 227 and 227 KiB of shared memory a block, the others 99.
-    limit = {80: 160, 90: 224, 100: 224, 103: 224}.get(target.arch, 96) * 1024
-    stages = 2 if (BM + 4 * BN) * BD * dtype.itemsize <= limit else 1
-    # Four warps hold an accumulator of 64 x 128, beyond that registers spill (128 x 128: 350 instead
-    # of 420 TFLOP/s). A third stage gains 4% under masks and loses 5% without.
-    warps = 4 if BM * max(BD, BN) <= 64 * 128 else 8
+        return {"BN": min(BN, 64), "num_warps": 4 if BM * BD <= 128 * 64 else 8, "num_stages": 1,
+                "PRECISION": "ieee", "WAIT": False}  # fmt: skip
     # fp32 as sums of three bf16 numbers, six products: 4 to 5 times as fast as without tensor cores
     # ("ieee"), and nearer to the exact result than it, 5.6e-8 against 2.9e-7. TF32 would leave fp32
     # inputs the accuracy of fp16.
-    return {"num_warps": warps, "num_stages": stages, "PRECISION": "bf16x6"}
+    wide = torch.float32 in (qk, pv)
+    # More keys at once spill registers: all operands are in registers where tensor cores take them from
+    # there, three times as many of fp32.
+    BN = min(BN, max(16, 2048 // BD) if wide else 128 if target.arch in (90, 100, 103) else 64)
+    limit = _shared_memory(target.arch)
+    # A third stage gains 3% with codes at head dim 128 on an H200, and loses 5% with 16 bits.
+    stages = 3 if pv.itemsize == 1 and BD >= 128 and target.arch == 90 else 2
+    if BM * BD * qk.itemsize + stages * BN * BD * (qk.itemsize + pv.itemsize) > limit:
+        stages = 1
+    # Numbers in the registers of all threads: output, scores, and an FP8 block of its own. On sm_90 the
+    # operands are in shared memory: 128 x 64 at head dim 128 spills a little with four warps and yet
+    # reaches 462 TFLOP/s on an H200, with eight 308.
+    numbers = BM * (BD * (2 if pv.itemsize == 1 else 1) + BN)
+    most = 64 * 64 * 2 if wide else 128 * 192 if target.arch == 90 else 64 * 320
+    warps = 4 if numbers <= most else 8
+    wait = target.arch == 90 or (pv.itemsize == 1 and target.arch in (89, 120))
+    # Six products of larger blocks exceed the tensor memory of sm_100: Triton 3.6 compiles a trap.
+    six = wide and not (target.arch in (100, 103) and BM * BD > 64 * 64)
+    return {"BN": BN, "num_warps": warps, "num_stages": stages,
+            "PRECISION": "bf16x6" if six else "ieee", "WAIT": wait}  # fmt: skip
 
 
-def _policies(ready: PreparedPlan):
+def _shared_memory(arch: int) -> int:
+    """Bytes that a block of an NVIDIA GPU may have, less 3 KiB for masks and the like."""
+    return {80: 160, 90: 224, 100: 224, 103: 224}.get(arch, 96) * 1024
+
+
+def _mask_policies(ready: PreparedPlan):
     """(what a partial entry needs of every query, which pairs it makes visible), as jit functions."""
     if ready.mask is None:
-        return _positions, None
+        return device.positions, None
     if isinstance(ready.mask, PackedBits):
-        return _positions, _in_bits
+        return device.positions, device.in_bits
     if ready.words == 1 and ready.mask.table is None:
-        return _bounds, _in_interval
-    return _positions, _in_intervals
+        return device.bounds, device.in_interval
+    return device.positions, device.in_intervals
 
 
 def _rows_in_memory(x: Tensor) -> Tensor:
     """x itself if its rows are contiguous and near each other (offsets inside a block are 32-bit)."""
     near = x.stride(1) * MAX_BLOCK < 2**31
     return x if x.stride(-1) == 1 and near else x.contiguous()
-
-
-# Policies of masks: ROWS reads once what all entries of a tile need, VISIBLE decides on an entry.
-
-
-@triton.jit
-def _positions(mask, o_q):
-    return o_q
-
-
-@triton.jit
-def _bounds(mask, o_q):
-    return tl.load(mask.lo + o_q), tl.load(mask.hi + o_q)
-
-
-@triton.jit
-def _in_run(mask, rows, e, start, count, WORDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Ragged full entries: every column of the run."""
-    return tl.broadcast_to((tl.arange(0, BN) < count)[None, :], (BM, BN))
-
-
-@triton.jit
-def _in_interval(
-    mask, rows, e, start, count, WORDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
-):
-    """lo <= coord < hi on all axes at once, on one packed word, see `prepared.py`."""
-    o_n = tl.arange(0, BN)
-    b_coord = tl.load(mask.coord + tl.where(o_n < count, start + o_n, mask.length_k))  # [BN]
-    guard = tl.load(mask.guard)
-    left = b_coord[None, :] - rows[0][:, None]  # [BM, BN]
-    right = rows[1][:, None] - b_coord[None, :]
-    return (left & right & guard) == guard
-
-
-@triton.jit
-def _in_intervals(
-    mask, rows, e, start, count, WORDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
-):
-    """The same on several words, with the bound table of the entry."""
-    o_n = tl.arange(0, BN)
-    o_k = tl.where(o_n < count, start + o_n, mask.length_k)
-    o_table = tl.zeros((), tl.int64)  # and 64-bit offsets from here on
-    if mask.table is not None:
-        o_table = tl.load(mask.table + e).to(tl.int64) * WORDS
-    seen = tl.full((BM, BN), True, tl.int1)
-    for w in tl.static_range(WORDS):
-        o_bound = (o_table + w) * mask.length_q
-        b_lo = tl.load(mask.lo + o_bound + rows)  # [BM]
-        b_hi = tl.load(mask.hi + o_bound + rows)
-        b_coord = tl.load(
-            mask.coord + (tl.zeros((), tl.int64) + w) * (mask.length_k + 1) + o_k
-        )  # [BN]
-        guard = tl.load(mask.guard + w)
-        left = b_coord[None, :] - b_lo[:, None]
-        right = b_hi[:, None] - b_coord[None, :]
-        seen = seen & ((left & right & guard) == guard)
-    return seen
-
-
-@triton.jit
-def _in_bits(mask, rows, e, start, count, WORDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Bit j % 32 of word j // 32, for the columns of the run."""
-    o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
-    inside = (o_m < mask.block_q)[:, None] & (o_n < count)[None, :]
-    o_row = ((tl.zeros((), tl.int64) + e) * mask.block_q + o_m) * WORDS
-    b_word = tl.load(mask.bits + o_row[:, None] + (o_n // 32)[None, :], mask=inside, other=0)
-    return inside & (((b_word >> (o_n % 32)[None, :]) & 1) != 0)
-
-
-@triton.jit
-def _load_rows(p, o_r, stride, count, D: tl.constexpr, BD: tl.constexpr):
-    """Rows `o_r` of a matrix, [ROWS, BD]: zero past row `count` (None: all exist) and column D."""
-    o_d = tl.arange(0, BD)
-    p = p + o_r[:, None] * stride + o_d[None, :]
-    if count is not None:
-        inside = (o_r < count)[:, None] & (o_d < D)[None, :]
-        block = tl.load(p, mask=inside, other=0.0)
-    elif D < BD:
-        block = tl.load(p, mask=(o_d < D)[None, :], other=0.0)
-    else:
-        block = tl.load(p)
-    return block
-
-
-@triton.jit
-def _walk(
-    acc, l, m, b_q, p_k, p_v, stride_ks, stride_vs, p_start, p_count, first, last,
-    mask, rows, scale_log2, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    VISIBLE: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Entries first .. last of one list, the online softmax over them; VISIBLE None: no mask."""
-    o_n = tl.arange(0, BN)
-    for e in range(first, last):
-        start = tl.load(p_start + e)
-        count = None
-        if VISIBLE is not None:
-            count = tl.load(p_count + e)
-        # Masked rows are not loaded: past the end there is no memory, and elsewhere 0 * NaN is NaN.
-        b_k = _load_rows(p_k + start.to(tl.int64) * stride_ks, o_n, stride_ks, count, D, BD)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
-        if VISIBLE is not None:
-            seen = VISIBLE(mask, rows, e, start, count, WORDS, BM, BN)
-            b_s = tl.where(seen, b_s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(b_s, 1) * scale_log2)
-        offset = m_new
-        if VISIBLE is not None:  # a row that has seen nothing yet: exp2(-inf - 0), not -inf - -inf
-            offset = tl.where(m_new == float("-inf"), 0.0, m_new)
-        b_p = tl.exp2(b_s * scale_log2 - offset[:, None])
-        rescale = tl.exp2(m - offset)
-        l = l * rescale + tl.sum(b_p, 1)
-        b_v = _load_rows(p_v + start.to(tl.int64) * stride_vs, o_n, stride_vs, count, D, BD)
-        acc = tl.dot(b_p.to(b_v.dtype), b_v, acc * rescale[:, None], input_precision=PRECISION)
-        m = m_new
-    return acc, l, m
-
-
-@triton.jit(do_not_specialize=["length_q", "heads", "group", "tiles", "heavy"])
-def forward_kernel(
-    p_q, p_k, p_v, p_o, p_lse,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
-    stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
-    p_q_start, p_q_count, p_order, p_variant, stride_variant_b, stride_variant_h,
-    p_full, p_whole_end, p_full_start, p_full_count,
-    p_partial, p_partial_start, p_partial_count, mask,
-    length_q, heads, group, tiles, heavy, scale_log2,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    ROWS: tl.constexpr, VISIBLE: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    # Programs: the heavy tiles of all heads, then the light tiles head by head.
-    pid = tl.program_id(0)
-    programs = tl.num_programs(0)
-    n_heavy = heavy * (programs // tiles)
-    if pid < n_heavy:
-        slot, bh = pid % heavy, pid // heavy
-    else:
-        slot, bh = heavy + (pid - n_heavy) % (tiles - heavy), (pid - n_heavy) // (tiles - heavy)
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    row = 0
-    if p_variant is not None:
-        row = tl.load(p_variant + b * stride_variant_b + h * stride_variant_h) * tiles
-    tile = tl.load(p_order + row + slot)
-    row += tile
-    q_start = tl.load(p_q_start + tile).to(tl.int64)
-    q_count = tl.load(p_q_count + tile)
-
-    o_m, o_d = tl.arange(0, BM), tl.arange(0, BD)
-    # Rows past the tile repeat its last one: a mask, which the store shares, would stay in registers
-    # through all loops and spill.
-    o_row = tl.minimum(o_m, q_count - 1)
-    p_q += b * stride_qb + h * stride_qh + q_start * stride_qs
-    b_q = _load_rows(p_q, o_row, stride_qs, None, D, BD)  # [BM, BD]
-    p_k += b * stride_kb + (h // group) * stride_kh
-    p_v += b * stride_vb + (h // group) * stride_vh
-    rows = q_start + o_row
-    acc = tl.zeros((BM, BD), tl.float32)
-    l = tl.zeros((BM,), tl.float32)
-    m = tl.full((BM,), float("-inf"), tl.float32)
-
-    first, last = tl.load(p_full + row), tl.load(p_full + row + 1)
-    whole_end = last
-    if p_whole_end is not None:
-        whole_end = tl.load(p_whole_end + row)
-    acc, l, m = _walk(acc, l, m, b_q, p_k, p_v, stride_ks, stride_vs, p_full_start, p_full_count,
-                      first, whole_end, mask, rows, scale_log2, D, BM, BN, BD, None, WORDS, PRECISION)  # fmt: skip
-    if p_whole_end is not None:
-        acc, l, m = _walk(acc, l, m, b_q, p_k, p_v, stride_ks, stride_vs, p_full_start, p_full_count,
-                          whole_end, last, mask, rows, scale_log2, D, BM, BN, BD, _in_run, WORDS,
-                          PRECISION)  # fmt: skip
-    if VISIBLE is not None:
-        rows = ROWS(mask, rows)
-        first, last = tl.load(p_partial + row), tl.load(p_partial + row + 1)
-        acc, l, m = _walk(acc, l, m, b_q, p_k, p_v, stride_ks, stride_vs, p_partial_start,
-                          p_partial_count, first, last, mask, rows, scale_log2, D, BM, BN, BD,
-                          VISIBLE, WORDS, PRECISION)  # fmt: skip
-
-    l = tl.where(l == 0.0, 1.0, l)  # a row without keys: 0 / 1, and -inf + log2(1)
-    b_o = acc / l[:, None]
-    p_o += b * stride_ob + h * stride_oh + q_start * stride_os
-    stored = o_m < q_count
-    tl.store(p_o + o_m[:, None] * stride_os + o_d[None, :], b_o.to(p_o.dtype.element_ty),
-             mask=stored[:, None] & (o_d < D)[None, :])  # fmt: skip
-    if p_lse is not None:
-        p_lse += (b * heads + h) * length_q + q_start
-        tl.store(p_lse + o_m, (m + tl.log2(l)) * _LN2, mask=stored)

@@ -11,20 +11,24 @@ elements Nq = B S H D and Nk = B S Hk D of e = 2 bytes (bf16) and codes of c byt
     smoothing   e Nk + the table again              the mean needs all of K before the first key is written
     V in fp8    (2 e + 1) Nk + 4 B Hk D             the scale of a channel needs all of V; S padded to 128
     V in order  2 e Nk                              0 without an order: V is not touched
+    norm        e (Nq + Nk)                         over all heads: a token has to be read before its first head
 
 That is 4 + 4 bytes for an element of Q and K in bf16, and in int8 with smoothing and fp8 V 3 for one of Q, 5
 for one of K and 5 for one of V. Weights, means and partial results are below 1% and not counted.
 
 rel_l1 and cosine compare what the operands of one head stand for with float64, the worst of q, k and v; an
-error beyond what the formats allow stops the run. `torch` is the same in eager PyTorch, norm and rotation as in diffusers.
+error beyond what the formats allow stops the run. Times are of the GPU; the notes have the Python of a
+call beside them, which a busy GPU hides. `torch` is the same in eager PyTorch, norm and rotation as in diffusers.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,10 +69,12 @@ CASES = [
 ]  # fmt: skip
 
 _INT8 = replace(EIGHT_BIT["int8_fp8"], smooth_k=True)
+ACROSS = "bf16, norm over all heads"
 # name: (spec, with a token order)
 RECIPES: dict[str, tuple[PrologueSpec, bool]] = {
     "bf16": (PrologueSpec(), False),
     "bf16, ordered": (PrologueSpec(), True),
+    ACROSS: (PrologueSpec(), False),
     "int8, smooth K, fp8 V": (_INT8, False),
     "int8, smooth K, fp8 V, ordered": (_INT8, True),
     "int8 rows, V untouched": (PrologueSpec(qk="int8"), False),
@@ -76,14 +82,16 @@ RECIPES: dict[str, tuple[PrologueSpec, bool]] = {
 }
 
 
-def required_bytes(case: Case, spec: PrologueSpec, *, ordered: bool, halves: bool) -> int:
+def required_bytes(
+    case: Case, spec: PrologueSpec, *, ordered: bool, halves: bool, across: bool = False
+) -> int:
     """Bytes that have to move, see the top of this file. bf16 inputs, norm and rotary embedding."""
     kv_heads = case.kv_heads or case.heads
     tokens, e = case.batch * case.length, 2
     code = e if spec.qk == "same" else 1
     n_q, n_k = (tokens * heads * case.head_dim for heads in (case.heads, kv_heads))
     table = 8 * case.length * case.head_dim // (2 if halves else 1)
-    total = (e + code) * (n_q + n_k) + table + 8 * case.length * ordered
+    total = (e + code + e * across) * (n_q + n_k) + table + 8 * case.length * ordered
     if spec.qk != "same":
         blocks_q, blocks_k = -(-case.length // spec.q_rows), -(-case.length // spec.k_rows)
         total += 4 * case.batch * (case.heads * blocks_q + kv_heads * blocks_k)
@@ -124,12 +132,14 @@ def measure(
 
     rows: list[Row] = []
     for name, (spec, ordered) in RECIPES.items():
-        options = {"norm_q": weight, "norm_k": weight, "rotary": rotary,
-                   "order": order if ordered else None}  # fmt: skip
-        moved = required_bytes(case, spec, ordered=ordered, halves=halves)
+        across = name == ACROSS
+        options = {"norm_q": weight.repeat(case.heads) if across else weight,
+                   "norm_k": weight.repeat(kv_heads) if across else weight,
+                   "rotary": rotary, "order": order if ordered else None}  # fmt: skip
+        moved = required_bytes(case, spec, ordered=ordered, halves=halves, across=across)
         row = Row(suite=suite, case=case.name, impl="prologue", recipe=name, baseline="copy")
         got = prologue(q, k, v, spec, **options)
-        row.rel_l1, row.cosine = _errors(got, (q, k, v), spec, options)
+        row.rel_l1, row.cosine = _errors(got, (q, k, v), spec, options, all_heads=across)
         del got
         most = MOST_ERROR["fp8" if spec.v == "fp8" else spec.qk]
         if not row.rel_l1 <= most:
@@ -146,7 +156,7 @@ def measure(
             "copy": _copy(moved, device),
             "prologue": lambda spec=spec, options=options: prologue(q, k, v, spec, **options),
         }
-        if spec == PrologueSpec() and not ordered and not halves:
+        if name == "bf16" and not halves:
             calls["torch"] = lambda: _eager(q, k, weight, rotary)
         times = time_in_turns(calls, device=device, seconds=seconds)
         for impl, timing in times.items():
@@ -156,6 +166,8 @@ def measure(
             )  # fmt: skip
             out.ms, out.ms_p20, out.ms_p80 = timing.ms, timing.ms_p20, timing.ms_p80
             out.note = f"{moved / timing.ms * 1e-6:.0f} GB/s of {moved / 1e6:.1f} MB required"
+            if impl == "prologue":
+                out.note += f", {_python_us(calls[impl], device):.0f} us of Python"
             if impl != "copy":
                 out.speedup = times["copy"].ms / timing.ms
             rows.append(out)
@@ -167,6 +179,19 @@ def _copy(moved: int, device: torch.device) -> Callable[[], Tensor]:
     source = torch.zeros(moved // 16, 2, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
+
+
+def _python_us(call: Callable[[], object], device: torch.device) -> float:
+    """Time until the call returns, with the GPU asleep: few enough calls that no queue fills up."""
+    times = []
+    for _ in range(10):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda._sleep(2_000_000)
+        start = time.perf_counter()
+        call()
+        times.append(1e6 * (time.perf_counter() - start))
+    return sorted(times)[len(times) // 2]
 
 
 def _eager(q: Tensor, k: Tensor, weight: Tensor, rotary: tuple[Tensor, Tensor]) -> list[Tensor]:
@@ -182,9 +207,27 @@ def _eager(q: Tensor, k: Tensor, weight: Tensor, rotary: tuple[Tensor, Tensor]) 
 
 
 def _errors(
-    got: Operands, tensors: tuple[Tensor, ...], spec: PrologueSpec, options: dict
+    got: Operands,
+    tensors: tuple[Tensor, ...],
+    spec: PrologueSpec,
+    options: dict,
+    *,
+    all_heads: bool,
 ) -> tuple[float, float]:
-    """The worst of q, k and v in head 0 of batch entry 0: relative L1 error and cosine."""
+    """The worst of q, k and v in head 0 of batch entry 0: relative L1 error and cosine.
+
+    all_heads: the norm is over all of them; then of the first 512 tokens, which have to be in their places.
+    """
+    if all_heads:
+        q, k, v = (x[:1, :512].double() for x in tensors)
+        rotary = tuple(table[:512] for table in options["rotary"])
+        first: dict[str, Any] = options | {"rotary": rotary}
+        true = reference(q, k, v, spec, **first)
+        worst = [
+            _distance(x[:1, :512, :1].double(), y[:, :, :1])
+            for x, y in zip(got[:3], true[:3], strict=True)
+        ]
+        return max(error for error, _ in worst), min(cosine for _, cosine in worst)
     q, k, v = (x[:1, :, :1].double() for x in tensors)
     true = reference(q, k, v, PrologueSpec(smooth_k=spec.smooth_k, eps=spec.eps), **options)
     q_scale, k_scale, v_scale = (
@@ -193,12 +236,18 @@ def _errors(
     )
     head_v = got.v[:1, :, :1] if spec.v_layout == "tokens" else got.v[:1, :1]
     head = Operands(got.q[:1, :, :1], got.k[:1, :, :1], head_v, q_scale, k_scale, v_scale, None)
-    rel_l1, cosine = 0.0, 1.0
-    for x, y in zip(dequantized(head, spec), true[:3], strict=True):
-        x = x.double()
-        rel_l1 = max(rel_l1, float((x - y).abs().sum() / y.abs().sum()))
-        cosine = min(cosine, float((x * y).sum() / (x.norm() * y.norm())))
-    return rel_l1, cosine
+    worst = [
+        _distance(x.double(), y) for x, y in zip(dequantized(head, spec), true[:3], strict=True)
+    ]
+    return max(error for error, _ in worst), min(cosine for _, cosine in worst)
+
+
+def _distance(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Relative L1 error of x and the cosine between both."""
+    return (
+        float((x - y).abs().sum() / y.abs().sum()),
+        float((x * y).sum() / (x.norm() * y.norm())),
+    )
 
 
 def main() -> None:
