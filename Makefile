@@ -3,8 +3,10 @@
 #   make demo       one prompt and seed, stock and accelerated, side by side in demo.png
 #   make test       lint, types and the fast tests
 #   make test-all   the sweeps too; the log is kept in assets/bench/test-all.log
+#   make test-gpu   what an NVIDIA GPU decides; the log is kept in assets/bench/h200-tests.log
 #   make lint       ruff and pyright alone
 #   make bench-cpu  the CPU benchmark; writes assets/bench/ and the table in README.md
+#   make bench-gpu  the engine against its bar, on a Hopper GPU; writes the same places
 #   make clean      what the commands above wrote, .venv included
 
 PYTHON ?= python3
@@ -20,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKER
 
 PROMPT := a large red circle above a small blue square on a white background
 
-.PHONY: demo test test-all lint bench-cpu clean
+.PHONY: demo test test-all test-gpu lint bench-cpu bench-gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/visionfuse generate assets/flux-micro "$(PROMPT)" --recipe gna --height 512 --width 512 --steps 20 \
@@ -35,6 +37,9 @@ test-all: lint
 	  $(PYTEST) --durations 20; echo "exit $$?" ) 2>&1 | sed 's|$(CURDIR)/||g' > assets/bench/test-all.log; \
 	  tail -n 30 assets/bench/test-all.log; tail -n 1 assets/bench/test-all.log | grep -qx "exit 0"
 
+test-gpu: $(VENV)/installed-dev
+	$(BIN)/python tests/run_on_gpu.py --log assets/bench/h200-tests.log
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,6 +47,10 @@ lint: $(VENV)/installed-dev
 
 bench-cpu: $(VENV)/installed
 	$(BIN)/visionfuse bench attention --device cpu --csv assets/bench/attention-cpu.csv
+	$(BIN)/python -m visionfuse.bench.readme
+
+bench-gpu: $(VENV)/installed
+	$(BIN)/visionfuse bench engine --csv assets/bench/engine.csv
 	$(BIN)/python -m visionfuse.bench.readme
 
 # The virtual environment. Debian without python3-venv has pip but no ensurepip: pip then installs pip.

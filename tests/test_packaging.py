@@ -87,6 +87,10 @@ def test_wheel_has_every_file_and_runs(wheel, tmp_path):
         names = set(archive.namelist())
     assert set(_sources()) <= names
     assert "visionfuse/py.typed" in names
+    tables = {
+        f"visionfuse/{p.relative_to(ROOT).as_posix()}" for p in ROOT.glob("kernels/**/*.json")
+    }
+    assert tables <= names
     assert not [n for n in names if not n.startswith(("visionfuse/", "visionfuse-"))]
 
     target = tmp_path / "site"

@@ -22,55 +22,7 @@ from .block_plan import BlockPlan
 from .build import plan_blocks
 from .layout import TokenLayout
 from .neighborhood import Dense, Neighborhood, NeighborhoodOnGrid
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BlockShape:
-    """What an implementation multiplies at once, and what that costs.
-
-    block_q, block_k: most queries of a tile and most keys of an entry.
-    padded: True where a short tile or entry costs as much as a whole block (tensor cores), False
-        where it costs what it holds (a BLAS call).
-    speed: pairs a second, relative to other shapes of the same implementation.
-    The rest is counted in query-key pairs. Shares of a pair: `partial` extra under a mask, `ragged`
-    extra in an unmasked entry that is shorter than the block. Pairs: `gather` for a key that a tile
-    copies together, `entry` and `tile` for each entry and tile.
-    """
-
-    block_q: int
-    block_k: int
-    padded: bool
-    speed: float = 1.0
-    partial: float = 0.0
-    ragged: float = 0.0
-    gather: float = 0.0
-    entry: float = 0.0
-    tile: float = 0.0
-
-
-def block_shapes(impl: str, head_dim: int) -> tuple[BlockShape, ...]:
-    """The block shapes an implementation is fast with; the planner takes the one of least work."""
-    if impl in ("blocks", "reference"):
-        # Measured on two AVX-512 cores, head dim 64: copying a key and a value takes as long as 25
-        # pairs, an entry 100, a call of SDPA 5,000; a kept mask adds a tenth.
-        return (
-            BlockShape(
-                block_q=256, block_k=128, padded=False, partial=0.1, gather=25, entry=100, tile=5000
-            ),
-        )
-    if impl == "flex":
-        return (BlockShape(block_q=128, block_k=128, padded=True, partial=0.5, tile=4096),)
-    if impl == "gluon_sm90":
-        # Measured on an H200 at head dim 128: 700 TFLOP/s on whole blocks with three warpgroups. They
-        # have 160 registers a thread, so that masks spill; two warpgroups have 240.
-        costs = {"padded": True, "ragged": 0.3, "tile": 24576}
-        return (
-            BlockShape(block_q=192, block_k=128, partial=1.0, **costs),
-            BlockShape(block_q=128, block_k=128, partial=0.6, speed=0.9, **costs),
-        )
-    # The best of five shapes on an H200 at head dims 64 and 128. Masking a block costs 0.7 of multiplying
-    # it at head dim 128; a tile's prologue and epilogue about half a block.
-    return (BlockShape(block_q=64, block_k=64, padded=True, partial=0.7, tile=2048),)
+from .tiles import BlockShape, block_shapes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,15 +55,20 @@ def plan_attention(
     order: Order | None = None,
     impl: str = "blocks",
     head_dim: int = 64,
+    precision: str = "model",
     shape: BlockShape | None = None,
     device: torch.device | str = "cpu",
 ) -> AttentionPlan:
     """The plan of `spec` on `layout` for an implementation, built on `device` and cached.
 
+    precision: the short name of a `Precision`. shape: instead of those that are fast.
     Order "auto" takes the tiles of least counted work. Raises ValueError where the neighborhood
     does not fit a grid of the layout.
     """
-    shapes = (shape,) if shape else block_shapes(impl, head_dim)
+    if shape is None:
+        shapes = block_shapes(impl, head_dim, precision=precision, device=device)
+    else:
+        shapes = (shape,)
     return _plan(layout, spec, order or Order(), shapes, torch.device(device))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -17,12 +18,12 @@ from torch import Tensor
 from ..kernels.attention.api import block_sparse_attention, implementations, unsupported_reasons
 from ..kernels.plan.neighborhood import Dense
 from ..kernels.plan.planner import AttentionPlan, plan_attention
+from .accuracy import sampled_errors
 from .cases import BASELINE, Case, cpu_shapes, gpu_shapes
 from .peers import MOST_ERROR, PEERS
 from .table import Row
 from .timing import time_in_turns
 
-SAMPLED_QUERIES = 128
 SECONDS = {"cuda": 0.15, "cpu": 0.5}  # of measurement per implementation and case
 LEAST, MOST = 3, 50  # runs
 # What an implementation or a peer of another version may raise; the run goes on.
@@ -287,27 +288,12 @@ def _raise_if_device_is_lost(device: torch.device) -> None:
 def errors(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, case: Case, *, sees_all: bool = False
 ) -> tuple[float, float]:
-    """Relative L1 error and cosine on sampled queries, in the last batch entry and the outer heads,
-    against float64. sees_all: of dense attention, whatever the rule of the case."""
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.randperm(case.layout.length, generator=generator)[:SAMPLED_QUERIES].to(q.device)
-    heads = torch.tensor(sorted({0, case.heads - 1}), device=q.device)
-    every = slice(None)
-    qd, kd, vd = (
-        x[-1, index][:, heads].double().transpose(0, 1)
-        for x, index in ((q, rows), (k, every), (v, every))
-    )  # [H, S, D]
-    scores = (qd @ kd.mT) * case.head_dim**-0.5
-    if not sees_all:
-        scores.masked_fill_(~_visible(case, rows), -torch.inf)
-    exact = scores.softmax(-1) @ vd
-    got = out[-1, rows][:, heads].double().transpose(0, 1)
-    rel_l1 = (got - exact).abs().sum() / exact.abs().sum()
-    cosine = (got * exact).sum() / (got.norm() * exact.norm())
-    return float(rel_l1), float(cosine)
+    """Relative L1 error and cosine, see `sampled_errors`. sees_all: of dense attention, whatever the rule
+    of the case."""
+    return sampled_errors(out, q, k, v, None if sees_all else partial(visible_keys, case))
 
 
-def _visible(case: Case, rows: Tensor) -> Tensor:
+def visible_keys(case: Case, rows: Tensor) -> Tensor:
     """Which keys the queries `rows` see, from the rule: bool [rows, S]. One grid, any text."""
     seen = torch.ones(rows.numel(), case.layout.length, dtype=torch.bool, device=rows.device)
     for part, offset in zip(case.layout.segments, case.layout.offsets, strict=False):

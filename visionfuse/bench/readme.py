@@ -7,6 +7,11 @@ A table stands between two comments; the first names the suite, that is the CSV,
 
 `column`, `column: title`, and `column x: title` or `column %: title` to write 1.32 as 1.32x or 0.5 as 50%.
 `column = value` keeps only the rows with that value. A suite without a CSV leaves its table empty.
+
+    <!-- bars: engine -->
+    <!-- /bars -->
+
+is the table of `bars.py`: what is asked of the engine, and what was measured.
 """
 
 from __future__ import annotations
@@ -16,13 +21,17 @@ import re
 import sys
 from pathlib import Path
 
+from .bars import bars_table
+
 BLOCK = re.compile(r"(<!-- table: (?P<spec>.*?) -->\n).*?(<!-- /table -->)", re.DOTALL)
+BARS = re.compile(r"(<!-- bars: (?P<suite>\w+) -->\n).*?(<!-- /bars -->)", re.DOTALL)
 COLUMN = re.compile(r"(?P<name>\w+)(?: (?P<unit>[x%]))?(?:: (?P<title>.+))?")
 
 
 def fill_tables(text: str, folder: Path) -> str:
     """`text` with every table between the comments written anew. Raises ValueError for a wrong spec."""
-    return BLOCK.sub(lambda m: m[1] + _table(m["spec"], folder) + m[3], text)
+    text = BLOCK.sub(lambda m: m[1] + _table(m["spec"], folder) + m[3], text)
+    return BARS.sub(lambda m: m[1] + bars_table(folder / f"{m['suite']}.csv") + m[3], text)
 
 
 def _table(spec: str, folder: Path) -> str:
