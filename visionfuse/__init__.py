@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what __getattr__ returns, for type checkers and editors
         TokenLayout,
         plan_attention,
     )
+    from .models.rationalize import rationalize
     from .patching import disable_visionfuse, enable_visionfuse
     from .recipe import Precision, Recipe
     from .recipes import RECIPES
@@ -51,6 +52,7 @@ _EXPORTS = {
     "disable_visionfuse": "patching",
     "enable_visionfuse": "patching",
     "plan_attention": "kernels.plan",
+    "rationalize": "models.rationalize",
     "report": "reporting",
 }
 
@@ -74,6 +76,7 @@ __all__ = [
     "disable_visionfuse",
     "enable_visionfuse",
     "plan_attention",
+    "rationalize",
     "recipes",
     "report",
 ]
