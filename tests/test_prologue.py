@@ -1,15 +1,6 @@
-"""The fused prologue against its float64 reference: in the interpreter here, on the GPU where there is one.
+"""The fused prologue against its float64 reference: in the interpreter here, on the GPU where there is one."""
 
-Run as a script, the file compiles the kernels for a Hopper GPU that is not there and prints what they need:
-the interpreter replaces the compiler for a whole process, so this takes a process of its own.
-"""
-
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,14 +15,10 @@ from visionfuse.kernels.attention.prologue import (
     PrologueSpec,
     dequantized,
     prologue,
-    prologue_op,
     reference,
 )
-from visionfuse.kernels.attention.prologue_launch import Inputs, plan_launches
-from visionfuse.testing import compile_target, kernel_report
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROOT = Path(__file__).resolve().parents[1]
 INT8 = PrologueSpec(qk="int8", k_rows=128, v="fp8", v_layout="channels16", smooth_k=True)
 FP8 = PrologueSpec(qk="fp8", q_rows=4, k_rows=16, v="fp8", softmax_scale=0.3)
 # Largest relative rounding error. bf16: a whole ulp and not half in the interpreter, which truncates
@@ -67,7 +54,7 @@ def inputs(length=77, heads=4, kv_heads=2, dim=64, batch=2, dtype=torch.float32,
 def exact(tensors, spec, **options):
     """What the operands stand for, in float64, and the reference operands."""
     doubles = [x.double() for x in tensors]
-    plain = PrologueSpec(smooth_k=spec.smooth_k, mean_every=spec.mean_every, eps=spec.eps)
+    plain = PrologueSpec(smooth_k=spec.smooth_k, eps=spec.eps)
     return reference(*doubles, plain, **options), reference(*doubles, spec, **options)
 
 
@@ -171,14 +158,6 @@ def test_more_heads_than_a_program_and_a_chunk_of_tokens():
     """11 query heads in groups of 8; 520 tokens in two partial sums."""
     tensors, options = inputs(length=520, heads=11, kv_heads=1, dim=32, batch=1)
     check(tensors, replace(INT8, k_rows=64), **options)
-
-
-@pytest.mark.parametrize("length", [20, 49, 52, 65, 80, 100, 150])
-def test_a_mean_of_some_tokens(length):
-    tensors, options = inputs(length=length, batch=1)
-    spec = replace(INT8, mean_every=3)
-    got = check(tensors, spec, **options)
-    assert not torch.equal(got.k_mean, prologue(*tensors, INT8, **options).k_mean) or length < 48
 
 
 def test_queries_and_keys_of_different_length():
@@ -362,87 +341,6 @@ def test_a_call_seen_before_reads_its_own_tensors():
         check(tensors, INT8, **options)
 
 
-# As an op -------------------------------------------------------------------------------------------
-
-SCHEMA_ORDER = ("norm_q", "norm_k", "cos", "sin", "order", "key_order")
-
-
-def op_arguments(spec, options):
-    cos, sin = options.get("rotary") or (None, None)
-    tensors = {**options, "cos": cos, "sin": sin}
-    return (
-        spec.qk, spec.q_rows, spec.k_rows, spec.v, spec.v_layout, spec.v_padding, spec.smooth_k,
-        spec.mean_every, spec.softmax_scale, spec.eps, *(tensors.get(name) for name in SCHEMA_ORDER),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("spec", [PrologueSpec(), INT8, FP8], ids=["same", "int8", "fp8"])
-def test_the_op_keeps_its_contract(spec):
-    tensors, options = inputs(length=20, dim=32, batch=1)
-    options["key_order"] = torch.arange(19, -1, -1, device=DEVICE)
-    # Not "test_aot_dispatch_dynamic" and autograd: there is no backward.
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(prologue_op, (*tensors, *op_arguments(spec, options)), test_utils=checks)
-    torch.library.opcheck(prologue_op, (*tensors, *op_arguments(spec, {})), test_utils=checks)
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("spec", [PrologueSpec(), INT8, FP8], ids=["same", "int8", "fp8"])
-def test_compiles_into_one_graph(spec, backend):
-    tensors, options = inputs(length=20, dim=32, batch=1)
-
-    def call(q, k, v, options):
-        got = prologue(q + 0, k, v, spec, **options)
-        return [x for x in got if x is not None]
-
-    for kept in (options, {}):
-        torch.compiler.reset()
-        compiled = torch.compile(call, fullgraph=True, backend=backend)
-        for x, y in zip(compiled(*tensors, kept), call(*tensors, kept), strict=True):
-            assert x.dtype == y.dtype
-            assert torch.equal(x.float(), y.float())
-
-
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-def test_cuda_graphs_and_side_streams():
-    tensors, options = inputs(length=300)
-    expected = prologue(*tensors, INT8, **options)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        other = prologue(*tensors, INT8, **options)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    held = [x.clone() for x in tensors]
-    with torch.cuda.graph(graph):
-        captured = prologue(*held, INT8, **options)
-    for x in captured[:3]:
-        x.view(torch.uint8).fill_(1)
-    for x in held:
-        x.mul_(2)
-    for x, y in zip(held, tensors, strict=True):
-        x.copy_(y)
-    graph.replay()
-    torch.cuda.synchronize()
-    for got in (other, captured):
-        for x, y in zip(got, expected, strict=True):
-            assert torch.equal(x.float(), y.float())
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_tensors_of_another_device_than_the_current_one():
-    tensors, options = inputs(length=40)
-    expected = prologue(*tensors, INT8, **options)
-
-    def moved(x):
-        return tuple(map(moved, x)) if isinstance(x, tuple) else x.to("cuda:1")
-
-    for _ in range(2):
-        got = prologue(*moved(tensors), INT8, **{n: moved(x) for n, x in options.items()})
-        for x, y in zip(got, expected, strict=True):
-            assert torch.equal(x.cpu().float(), y.cpu().float())
-
-
 # Zeros, NaN, infinity -----------------------------------------------------------------------------
 
 
@@ -495,7 +393,7 @@ def test_what_is_not_finite_passes_through_same():
 def test_specs_are_checked_and_survive_a_dict():
     assert PrologueSpec.from_dict(INT8.to_dict()) == INT8
     for wrong in ({"qk": "int2"}, {"v": "int8"}, {"v_layout": "rows"}, {"q_rows": 3, "qk": "int8"},
-                  {"q_rows": 256, "qk": "int8"}, {"v_padding": 8}, {"mean_every": 0}, {"softmax_scale": 0.1}, {"version": 2}):  # fmt: skip
+                  {"q_rows": 256, "qk": "int8"}, {"v_padding": 8}, {"softmax_scale": 0.1}, {"version": 2}):  # fmt: skip
         with pytest.raises(ValueError, match=r"must|only|leave"):
             PrologueSpec(**wrong)
 
@@ -527,62 +425,3 @@ def test_gradients_are_refused():
     (q, k, v), _ = inputs(length=4)
     with pytest.raises(ValueError, match="no backward"):
         prologue(q.requires_grad_(), k, v)
-
-
-# Compilation without a GPU ------------------------------------------------------------------------
-
-COMPILED = [
-    (name, dim, halves)
-    for name in ("same", "int8", "fp8", "blocks")
-    for dim in (64, 128)
-    for halves in (False, True)
-]
-SPECS = {"same": PrologueSpec(smooth_k=True, v_layout="channels"), "int8": INT8, "fp8": FP8,
-         "blocks": replace(FP8, qk="int8", q_rows=128, k_rows=128)}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def reports():
-    run = subprocess.run(
-        [sys.executable, __file__], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    return dict(zip(COMPILED, json.loads(run.stdout.splitlines()[-1]), strict=True))
-
-
-@pytest.mark.parametrize("case", COMPILED, ids=str)
-def test_compiles_for_hopper_without_spills_and_in_wide_accesses(case, reports):
-    assert any("rows_kernel" in name for name in reports[case])
-    for name, report in reports[case].items():
-        assert report["spills"] == 0, name
-        if "first_kernel" not in name:
-            assert "st.global.v4.b32" in report["stores"], name  # 16 bytes
-            assert "st.global.b8" not in report["stores"], name
-
-
-def compile_all():
-    found = []
-    for name, dim, halves in COMPILED:
-        q, k = (torch.zeros(1, 300, heads, dim, dtype=torch.bfloat16) for heads in (24, 8))
-        weight, table = torch.ones(dim), torch.zeros(300, dim // 2 if halves else dim)
-        inputs = Inputs(q, k, k, weight, weight, table, table, torch.arange(300), None)
-        _, launches = plan_launches(inputs, SPECS[name], early=True)
-        reports = {}
-        for launch in launches:
-            with compile_target("cuda", 90):
-                kernel = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.options)
-                report = kernel_report(kernel)
-            lines = report.assembly.splitlines()
-            stores = sorted(
-                {word for line in lines for word in line.split() if "st.global" in word}
-            )
-            reports[f"{launch.kernel.__name__} {len(reports)}"] = {
-                "spills": report.spills, "registers": report.registers, "stores": stores,
-            }  # fmt: skip
-        found.append(reports)
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    compile_all()

@@ -2,9 +2,9 @@
 
 RMSNorm and rotary embedding of Q and K, order of the tokens, smoothing of K and quantisation after
 SageAttention2 (Zhang et al., arXiv 2411.10958, sections 3.1 to 3.3), and V as 8-bit tensor cores want it.
-Every element is read once and written once; the mean of K over all tokens and the scales of V per channel
-have to be known before, so each of these costs a first read of K or V. Everything is computed in fp32 and
-rounded once, where diffusers rounds after the norm and after the rotation.
+Every element is read once and written once; the mean of K over all tokens, the scales of V per channel and a
+norm over all heads have to be known before, so each of these costs a first read. Everything is computed in
+fp32 and rounded once, where diffusers rounds after the norm and after the rotation.
 
 `reference` is the same in plain PyTorch, for the tests, and for the reader.
 """
@@ -22,8 +22,8 @@ from .api import UnsupportedError
 # Codes and the largest one. "int4" is -7 .. 7 in int8, for tensor cores without 4 bits.
 FORMATS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0), "int4": (torch.int8, 7.0)}  # fmt: skip
 LAYOUTS = ("tokens", "channels", "channels16")
-# Position p of every 16 tokens of "channels16" holds token SWAPPED[p]: the fp32 accumulator of Q K^T then is, register for register, the
-# 8-bit operand of P V (SageAttention's order).
+# Position p of every 16 tokens of "channels16" holds token SWAPPED[p]: the fp32 accumulator of Q K^T then is,
+# register for register, the 8-bit operand of P V (SageAttention's order).
 SWAPPED = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
 MAX_HEAD_DIM = 256
 MAX_ROWS = 128
@@ -43,9 +43,6 @@ class PrologueSpec:
     v_padding: the channel layouts are padded with zeros to a multiple of it.
     smooth_k: subtract from K its mean over tokens. It changes no softmax, only the log-sum-exp: a kernel
         that returns one adds softmax_scale * (q . k_mean).
-    mean_every: the mean is over one run of 16 tokens in so many, 1: all. Any vector may be subtracted; one
-        near the mean costs little accuracy, and 8 saves most of the first read of K. Prefer 8: keys of a
-        picture 64 tokens wide had an error of attention of 0.031 with 1, 4 and 8, 0.034 unsmoothed, 0.038 with 2.
     softmax_scale: is multiplied into q_scale (not into q).
     eps: of the RMSNorm.
     """
@@ -57,25 +54,19 @@ class PrologueSpec:
     v_layout: str = "tokens"
     v_padding: int = 128
     smooth_k: bool = False
-    mean_every: int = 1
     softmax_scale: float = 1.0
     eps: float = 1e-6
     version: int = 1
 
     def __post_init__(self):
-        for name, known in (
-            ("qk", ("same", *FORMATS)),
-            ("v", ("same", "fp8")),
-            ("v_layout", LAYOUTS),
-        ):
+        choices = {"qk": ("same", *FORMATS), "v": ("same", "fp8"), "v_layout": LAYOUTS}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
         for name in ("q_rows", "k_rows"):
             rows = getattr(self, name)
             if not 1 <= rows <= MAX_ROWS or rows & (rows - 1):
                 raise ValueError(f"{name} must be a power of two up to {MAX_ROWS}, got {rows}.")
-        if self.mean_every < 1:
-            raise ValueError(f"mean_every must be 1 or more, got {self.mean_every}.")
         if self.v_padding < 16 or self.v_padding % 16:
             raise ValueError(f"v_padding must be a multiple of 16, got {self.v_padding}.")
         if self.qk == "same" and (self.q_rows, self.k_rows, self.softmax_scale) != (1, 1, 1.0):
@@ -161,34 +152,33 @@ def prologue(
     if torch.compiler.is_compiling():
         found = prologue_op(
             q, k, v, spec.qk, spec.q_rows, spec.k_rows, spec.v, spec.v_layout, spec.v_padding,
-            spec.smooth_k, spec.mean_every, spec.softmax_scale, spec.eps, norm_q, norm_k, cos, sin, order, key_order,
+            spec.smooth_k, spec.softmax_scale, spec.eps, norm_q, norm_k, cos, sin, order, key_order,
         )  # fmt: skip
         return _operands(found, v, spec)
     return _run(q, k, v, spec, norm_q, norm_k, cos, sin, order, key_order)
 
 
-def _run(
-    q: Tensor, k: Tensor, v: Tensor, spec: PrologueSpec, *options: Tensor | None
-) -> Operands:  # fmt: skip
+def _run(q: Tensor, k: Tensor, v: Tensor, spec: PrologueSpec, *options: Tensor | None) -> Operands:
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise UnsupportedError(_reasons(unsupported(q, k, v, spec)))
+        _refuse(unsupported(q, k, v, spec))
     try:
         from .prologue_launch import Inputs
         from .prologue_run import run
     except ImportError:
-        raise UnsupportedError(_reasons(unsupported(q, k, v, spec))) from None
+        _refuse(unsupported(q, k, v, spec))
+        raise
     inputs = Inputs(q, k, v, *options)
 
     def checked() -> None:
         check(*inputs)
-        if reasons := unsupported(q, k, v, spec):
-            raise UnsupportedError(_reasons(reasons))
+        _refuse(unsupported(q, k, v, spec))
 
     return Operands(*run(inputs, spec, checked))
 
 
-def _reasons(reasons: list[str]) -> str:
-    return "The prologue cannot run: " + "; ".join(reasons) + "."
+def _refuse(reasons: list[str]) -> None:
+    if reasons:
+        raise UnsupportedError("The prologue cannot run: " + "; ".join(reasons) + ".")
 
 
 # One opaque op for torch.compile --------------------------------------------------------------------
@@ -206,7 +196,6 @@ def prologue_op(
     v_layout: str,
     v_padding: int,
     smooth_k: bool,
-    mean_every: int,
     softmax_scale: float,
     eps: float,
     norm_q: Tensor | None,
@@ -219,7 +208,7 @@ def prologue_op(
     """The fields of `Operands` that are not None and not the input v, in their order."""
     spec = PrologueSpec(
         qk=qk_format, q_rows=q_rows, k_rows=k_rows, v=v_format, v_layout=v_layout,
-        v_padding=v_padding, smooth_k=smooth_k, mean_every=mean_every, softmax_scale=softmax_scale,
+        v_padding=v_padding, smooth_k=smooth_k, softmax_scale=softmax_scale,
         eps=eps,
     )  # fmt: skip
     found = _run(q, k, v, spec, norm_q, norm_k, cos, sin, order, key_order)
@@ -228,8 +217,8 @@ def prologue_op(
 
 @prologue_op.register_fake
 def _(
-    q, k, v, qk_format, q_rows, k_rows, v_format, v_layout, v_padding, smooth_k, mean_every,
-    softmax_scale, eps, norm_q, norm_k, cos, sin, order, key_order,
+    q, k, v, qk_format, q_rows, k_rows, v_format, v_layout, v_padding, smooth_k, softmax_scale, eps,
+    norm_q, norm_k, cos, sin, order, key_order,
 ):  # fmt: skip
     (batch, length_q, heads, dim), (_, length_k, kv_heads, _) = q.shape, k.shape
     moved = order if key_order is None else key_order
@@ -376,11 +365,7 @@ def reference(
     q = _rotated(_normalized(q, norm_q, spec.eps), rotary)
     k = _rotated(_normalized(k, norm_k, spec.eps), rotary)
     v_top = v.abs().amax(1)  # [B, Hk, D]
-    k_mean = None
-    if spec.smooth_k:
-        run = torch.arange(k.shape[1], device=k.device) // 16
-        known = run % spec.mean_every == run // spec.mean_every % spec.mean_every
-        k_mean = k[:, known].mean(1)
+    k_mean = k.mean(1) if spec.smooth_k else None
     if k_mean is not None:
         k = k - k_mean[:, None]
     q = _ordered(q, order)

@@ -213,7 +213,7 @@ def _walk_heads(
 
 
 @triton.jit
-def _add_up(side, bh, blocks, count, D: tl.constexpr, BD: tl.constexpr):
+def _add_up(side, bh, blocks, D: tl.constexpr, BD: tl.constexpr):
     """Mean of K from the partial sums of one head."""
     BM: tl.constexpr = 1024 // BD
     o_m, o_d = tl.arange(0, BM), tl.arange(0, BD)
@@ -222,7 +222,7 @@ def _add_up(side, bh, blocks, count, D: tl.constexpr, BD: tl.constexpr):
         inside = (start + o_m < blocks)[:, None] & (o_d < D)[None, :]
         p = side.part + (bh * blocks + start + o_m)[:, None] * D + o_d[None, :]
         acc += tl.load(p, mask=inside, other=0.0)
-    tl.store(side.mean + bh * D + o_d, tl.sum(acc, 0) / count, mask=o_d < D)
+    tl.store(side.mean + bh * D + o_d, tl.sum(acc, 0) / side.length, mask=o_d < D)
 
 
 @triton.jit
@@ -240,7 +240,7 @@ def _greatest(side, bh, blocks, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def rows_kernel(
-    k_total, v_total, q, k, rotary, end_k_total, end_v_total, end_q, k_chunks, v_chunks, k_count,
+    k_total, v_total, q, k, rotary, end_k_total, end_v_total, end_q, k_chunks, v_chunks,
     per_q, per_k, eps, fold, NQ: tl.constexpr, NK: tl.constexpr, LIMIT: tl.constexpr,
     PAIRS: tl.constexpr, ACROSS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
     STAGES: tl.constexpr, WAIT: tl.constexpr,
@@ -254,7 +254,7 @@ def rows_kernel(
     if WAIT != "" and program < end_v_total:
         gdc_wait()
     if k_total.x is not None and program < end_k_total:
-        _add_up(k_total, program.to(tl.int64), k_chunks, k_count, D, BD)
+        _add_up(k_total, program.to(tl.int64), k_chunks, D, BD)
     if v_total.x is not None and (program >= end_k_total) & (program < end_v_total):
         _greatest(v_total, (program - end_k_total).to(tl.int64), v_chunks, D, BD)
     if q.x is not None and (program >= end_v_total) & (program < end_q):
@@ -343,7 +343,7 @@ def _norms(side, program, eps, D: tl.constexpr, R: tl.constexpr, BC: tl.constexp
 
 @triton.jit
 def first_kernel(
-    k, v, rotary, end_k, span, every, chunk_k, chunk_v, eps, PAIRS: tl.constexpr, ACROSS: tl.constexpr, D: tl.constexpr,
+    k, v, rotary, end_k, chunk_k, chunk_v, eps, PAIRS: tl.constexpr, ACROSS: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, G: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr, EARLY: tl.constexpr,
     FOLLOWS: tl.constexpr,
 ):  # fmt: skip
@@ -353,27 +353,27 @@ def first_kernel(
     if EARLY:
         gdc_launch_dependents()
     if k.part is not None and program < end_k:
-        _sums(k, rotary, program, span, every, chunk_k, eps, PAIRS, ACROSS, D, BD, G, RK)
+        _sums(k, rotary, program, chunk_k, eps, PAIRS, ACROSS, D, BD, G, RK)
     if v.part is not None and program >= end_k:
         _tops(v, program - end_k, chunk_v, D, BD, G, RV)
 
 
 @triton.jit
-def _piece(side, program, length, chunk, G: tl.constexpr):
+def _piece(side, program, chunk, G: tl.constexpr):
     """(first head, chunk of tokens, batch entry, chunks) of a program."""
-    groups, chunks = tl.cdiv(side.heads, G), tl.cdiv(length, chunk)
+    groups, chunks = tl.cdiv(side.heads, G), tl.cdiv(side.length, chunk)
     rest = program // groups
     return (program % groups) * G, rest % chunks, (rest // chunks).to(tl.int64), chunks
 
 
 @triton.jit
 def _sums(
-    side, rotary, program, span, every, chunk, eps, PAIRS: tl.constexpr, ACROSS: tl.constexpr, D: tl.constexpr,
+    side, rotary, program, chunk, eps, PAIRS: tl.constexpr, ACROSS: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Sums of normed and rotated rows over a chunk of tokens, for G heads side by side, which read the
     rotary table from the L1 cache: a thread keeps to its channels, so that rows never cross threads."""
-    first, index, b, chunks = _piece(side, program, span, chunk, G)
+    first, index, b, chunks = _piece(side, program, chunk, G)
     o_h, o_r = first + tl.arange(0, G)[:, None, None], tl.arange(0, R)[None, :, None]
     o_d, o_p = tl.arange(0, BD)[None, None, :], 2 * tl.arange(0, BD // 2)[None, None, :]
     inside = (o_h < side.heads) & (o_d < D)
@@ -390,9 +390,7 @@ def _sums(
     acc_a = tl.zeros((G, 1, BD // 2), tl.float32)
     acc_b = tl.zeros((G, 1, BD // 2), tl.float32)
     for start in range(0, chunk, R):
-        t = index * chunk + start
-        run = t // 16  # of 16 tokens; R divides 16
-        row = tl.zeros((), tl.int64) + ((run * every + run % every) * 16 + t % 16)
+        row = tl.zeros((), tl.int64) + (index * chunk + start)
         read = (row + o_r < side.length) & inside
         b_x = tl.load(p_x + row * side.s, mask=read, other=0.0).to(tl.float32)
         b_a, b_b = tl.split(tl.reshape(b_x, (G, R, BD // 2, 2)))
@@ -425,7 +423,7 @@ def _tops(
     side, program, chunk, D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, R: tl.constexpr
 ):
     """Largest magnitude of a chunk of tokens per channel, for G heads side by side."""
-    first, index, b, chunks = _piece(side, program, side.length, chunk, G)
+    first, index, b, chunks = _piece(side, program, chunk, G)
     o_h, o_r = first + tl.arange(0, G)[:, None, None], tl.arange(0, R)[None, :, None]
     o_d = tl.arange(0, BD)[None, None, :]
     inside = (o_h < side.heads) & (o_d < D)

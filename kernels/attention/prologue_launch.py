@@ -109,16 +109,13 @@ class Tile(NamedTuple):
 class Totals(NamedTuple):
     """Sides with partial results, to be made and to be added up; NOTHING: none of this one.
 
-    chunk: tokens of a partial result. span: tokens that the sums of K walk over, `count` of them real.
+    chunk: tokens of a partial result.
     """
 
     k: Side = NOTHING
     v: Side = NOTHING
     k_chunk: int = 1
     v_chunk: int = 1
-    span: int = 0
-    count: int = 0
-    every: int = 1
 
 
 def plan_launches(
@@ -180,8 +177,7 @@ def plan_launches(
     totals = Totals()
     if k_mean is not None or v_scale is not None:
         totals = _totals(
-            key if k_mean is not None else NOTHING, value if v_scale is not None else NOTHING,
-            spec.mean_every, float32,
+            key if k_mean is not None else NOTHING, value if v_scale is not None else NOTHING, float32
         )  # fmt: skip
         follows = early and bool(launches)
         launches.append(first_launch(totals, tables, eps=spec.eps, early=early, follows=follows))
@@ -280,12 +276,12 @@ def rows_launch(
         programs.append(batch * _cdiv(x.heads, heads) * _cdiv(x.out_length, tile.rows))
     ends = [sum(programs[: i + 1]) for i in range(4)]
     chunks = (
-        _cdiv(totals.span, totals.k_chunk), _cdiv(totals.v.length, totals.v_chunk)
+        _cdiv(totals.k.length, totals.k_chunk), _cdiv(totals.v.length, totals.v_chunk)
     )  # fmt: skip
     return Launch(
         rows_kernel,
         (ends[-1],),
-        (totals.k, totals.v, q, k, rotary, *ends[:3], *chunks, totals.count, *per, eps, fold),
+        (totals.k, totals.v, q, k, rotary, *ends[:3], *chunks, *per, eps, fold),
         {"NQ": rows[0], "NK": rows[1], "LIMIT": limit, "PAIRS": _pairs(rotary, head_dim),
          "ACROSS": _across(side), "D": head_dim, "BM": tile.rows,
          "BD": _power_of_2(head_dim), "STAGES": tile.stages, "WAIT": wait}
@@ -312,26 +308,22 @@ def value_launch(v: Side, *, padded: int, layout: str, limit: float, wait: str) 
     )  # fmt: skip
 
 
-def _totals(k: Side, v: Side, every: int, float32: Callable) -> Totals:
+def _totals(k: Side, v: Side, float32: Callable) -> Totals:
     """With room for partial results."""
-    runs = _cdiv(_cdiv(k.length, 16), every)
-    # Of every so many runs of 16 tokens another one, so that they are not all at one side of a picture.
-    last = 16 * ((runs - 1) * every + (runs - 1) % every)
-    span, count = 16 * runs, 16 * (runs - 1) + min(16, max(0, k.length - last))
-    k_chunk, v_chunk = _chunk(k, span), _chunk(v, v.length)
+    chunks = (_chunk(k), _chunk(v))
     k, v = (
         x if x.x is None else x._replace(
-            part=float32(x.x.shape[0], x.heads, _cdiv(length, chunk), x.x.shape[-1])
-        ) for x, length, chunk in ((k, span, k_chunk), (v, v.length, v_chunk))
+            part=float32(x.x.shape[0], x.heads, _cdiv(x.length, chunk), x.x.shape[-1])
+        ) for x, chunk in zip((k, v), chunks, strict=True)
     )  # fmt: skip
-    return Totals(k, v, k_chunk, v_chunk, span, count, every)
+    return Totals(k, v, *chunks)
 
 
-def _chunk(x: Side, length: int) -> int:
+def _chunk(x: Side) -> int:
     """Tokens of a partial result: enough programs to fill the GPU, and few enough to add up."""
     if x.x is None:
         return 1
-    tokens = x.x.shape[0] * _cdiv(x.heads, _group(x)) * length // 1024
+    tokens = x.x.shape[0] * _cdiv(x.heads, _group(x)) * x.length // 1024
     wide = max(1, 128 // _power_of_2(x.x.shape[-1]))
     return max(16, min(256, _power_of_2(tokens))) * wide
 
@@ -367,17 +359,16 @@ def first_launch(
     batch, head_dim = side.x.shape[0], side.x.shape[-1]
     G, BD = _group(side), _power_of_2(head_dim)
     programs = [
-        batch * _cdiv(x.heads, G) * _cdiv(length, chunk)
-        for x, length, chunk in ((k, totals.span, totals.k_chunk), (v, v.length, totals.v_chunk))
+        batch * _cdiv(x.heads, G) * _cdiv(x.length, chunk)
+        for x, chunk in ((k, totals.k_chunk), (v, totals.v_chunk))
     ]
-    # 16 numbers of K a thread and 64 of V: with 32 of K there are too few registers for enough programs.
-    k_rows, v_rows = max(1, min(8, 2048 // (G * BD))), max(1, min(16, 8192 // (G * BD)))
+    rows = max(1, min(8, 4096 // (G * BD)))
     return Launch(
         first_kernel,
         (sum(programs),),
-        (k, v, rotary, programs[0], totals.span, totals.every, totals.k_chunk, totals.v_chunk, eps),
+        (k, v, rotary, programs[0], totals.k_chunk, totals.v_chunk, eps),
         {"PAIRS": _pairs(rotary, head_dim), "ACROSS": _across(k), "D": head_dim, "BD": BD, "G": G,
-         "RK": k_rows, "RV": v_rows, "EARLY": early, "FOLLOWS": follows}
+         "RK": rows, "RV": 2 * rows, "EARLY": early, "FOLLOWS": follows}
         | _options(4, early=follows),
     )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """From inputs to launches with little Python.
 
 What was done for inputs of one kind is kept as a template (`Prepared`): another call with such inputs allocates
-the outputs, fills in their addresses and launches. Through Triton's own launcher four launches take 240 us
-of Python (Triton 3.6), four times the work of the GPU on 4,608 tokens.
+the outputs, fills in their addresses and launches. Four launches take 100 us of Python so, and 240 us
+through Triton's own launcher (Triton 3.6), four times the work of the GPU on 4,608 tokens.
 """
 
 from __future__ import annotations

@@ -106,10 +106,7 @@ LIMITS: dict[str, str] = {
         f"4608 {recipe}, all in": f"{_ROUNDS}; the prologue is a fifth of the time"
         for recipe in ("fp8", "int8_fp8")
     },
-    **{
-        f"{key} int8_fp8, all in": _EXP_128
-        for key in ("16896", "32760", "75600")
-    },
+    **{f"{key} int8_fp8, all in": _EXP_128 for key in ("16896", "32760", "75600")},
     "band fp8, all in": f"{_EXP_128}; the prologue reads everything for 9% of the pairs",
     **{f"flux-16 {recipe}": f"256 queries share a window: {_ROWS[recipe]}" for recipe in _ROWS},
     **{
