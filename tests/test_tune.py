@@ -36,7 +36,7 @@ def cache(tmp_path, monkeypatch):
 def run(*arguments):
     app = typer.Typer()
     app.command()(tune.tune)
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result

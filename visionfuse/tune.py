@@ -80,7 +80,8 @@ def tune(
             console.print(text, markup=False, highlight=False, soft_wrap=True)
         if not found:
             raise ValueError(f"Nothing was measured in {seconds:g} s. Give more --seconds.")
-        console.print(comparison(found, device))
+        for entry in found:
+            console.print(comparison(entry, device))
         write(merged(found, path, device), path)
         console.print(f"Table: {path}", highlight=False, soft_wrap=True)
 
@@ -324,32 +325,36 @@ def write(table: Table, path: Path) -> None:
     tiles.forget_tables()
 
 
-def comparison(found: list[Entry], device: torch.device):
-    """A table for the terminal: every cost as it is now and, in brackets, as it was."""
+def comparison(entry: Entry, device: torch.device):
+    """A table for the terminal: every cost as it is now and, in brackets, as it was.
+
+    Block shapes side by side and a row a cost: that still fits 80 columns, where rich cuts words.
+    """
     from rich.table import Table as Shown
 
     from .kernels.plan import tiles
 
-    names = ("speed", "partial", "ragged", "gather", "entry", "tile")
-    shown = Shown(title=f"Block shapes on {tiles.gpu_name(device)}, new (before)")
-    for column in ("attention", "block", "launch", *names):
-        shown.add_column(column, justify="left" if column in ("attention", "launch") else "right")
-    for entry in found:
-        before = {
-            (s.block_q, s.block_k): s
-            for s in tiles.block_shapes(
-                entry.impl, entry.head_dim, precision=entry.precision, device=device
-            )
-        }
+    known = tiles.block_shapes(entry.impl, entry.head_dim, precision=entry.precision, device=device)
+    before = {(s.block_q, s.block_k): s for s in known}
+    shown = Shown(title=f"{entry.impl}, {entry.precision}, head dim {entry.head_dim}: new (before)")
+    shown.add_column("block", no_wrap=True)
+    for shape in entry.shapes:
+        shown.add_column(f"{shape.block_q}x{shape.block_k}", justify="right", no_wrap=True)
+    for name in ("speed", "partial", "ragged", "gather", "entry", "tile"):
+        cells = []
         for shape in entry.shapes:
             old = before.get((shape.block_q, shape.block_k))
-            cells = [
-                f"{getattr(shape, n):g} ({f'{getattr(old, n):g}' if old else '-'})" for n in names
-            ]
-            launch = ", ".join(f"{k}={v}" for k, v in shape.launch) or "its own"
-            shown.add_row(f"{entry.impl}, {entry.precision}, {entry.head_dim}",
-                          f"{shape.block_q}x{shape.block_k}", launch, *cells)  # fmt: skip
+            cells.append(f"{_short(getattr(shape, name))} ({_short(getattr(old, name, None))})")
+        shown.add_row(name, *cells)
+    for option in sorted({option for shape in entry.shapes for option, _ in shape.launch}):
+        shown.add_row(option, *(str(dict(shape.launch).get(option, "-")) for shape in entry.shapes))
     return shown
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 if __name__ == "__main__":
