@@ -32,7 +32,7 @@ from visionfuse.pipelines.compare import (
 from visionfuse.recipe import Recipe
 from visionfuse.recipes import build
 from visionfuse.reporting import Report, report
-from visionfuse.schedule import Phase
+from visionfuse.schedule import Span
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 DEFAULT_LATENTS = 128  # the side of FluxPipeline's default image, in latents
@@ -70,7 +70,7 @@ class Expected:
     recipe: Recipe
     layout: TokenLayout
     head_dim: int
-    phases: tuple[Phase, ...]
+    phases: tuple[Span, ...]
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -131,7 +131,7 @@ def expect(request: Request) -> Expected:
         recipe=recipe,
         layout=layout,
         head_dim=transformer["attention_head_dim"],
-        phases=recipe.schedule.phases(request.steps or defaults["num_inference_steps"].default),
+        phases=recipe.schedule.spans(request.steps or defaults["num_inference_steps"].default),
     )
 
 

@@ -148,7 +148,18 @@ def test_op_passes_opcheck():
     q, k, v = inputs(plan.blocks)
     library.opcheck(
         torch.ops.visionfuse.block_sparse_attention.default,
-        (q, k, v, plan.blocks.to_tensors(), plan.blocks.scalars(), 0.25, "blocks", True),
+        (
+            q,
+            k,
+            v,
+            plan.blocks.to_tensors(),
+            plan.blocks.scalars(),
+            [],
+            0.25,
+            "blocks",
+            True,
+            "model",
+        ),
     )
 
 
@@ -166,7 +177,7 @@ def test_named_implementation_raises_with_its_reasons():
     plan, _ = small_plan()
     q, k, v = inputs(plan.blocks, dim=300, dtype=torch.float64)
     reasons = unsupported_reasons("triton", q, k, v, plan.blocks)
-    with pytest.raises(UnsupportedError, match="no backward"):
+    with pytest.raises(UnsupportedError, match="cannot run here"):
         block_sparse_attention(q.requires_grad_(), k, v, plan.blocks, impl="triton")
     q.requires_grad_(False)
     assert len(reasons) >= 2

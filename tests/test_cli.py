@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -64,11 +66,37 @@ def test_help_is_quick_and_loads_no_torch():
     assert seconds < 5  # 0.4 s on an idle machine; this bound is for a busy one
 
 
-@pytest.mark.parametrize("command", ["generate", "info", "plan"])
-def test_every_command_has_help(command):
-    result = run(command, "--help")
+COMMANDS = (
+    "generate",
+    "info",
+    "plan",
+    "simulate",
+    "tune",
+    "calibrate",
+    "bench attention",
+    "bench engine",
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_in_one_form(command):
+    """A sentence on the command, a word on every option, and no --no-... of a flag."""
+    result = run(*command.split(), "--help")
     assert result.exit_code == 0
     assert "Usage" in result.output
+    parts = command.split()
+    found = typer.main.get_command(cli.app)
+    for part in parts:
+        found = found.commands[part]
+    assert found.help
+    for option in found.params:
+        assert getattr(option, "help", "") or option.param_type_name == "argument", option.name
+
+
+def test_version():
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.stdout == f"visionfuse {metadata.version('visionfuse')}\n"
 
 
 def test_info():

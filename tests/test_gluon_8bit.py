@@ -1,10 +1,9 @@
-"""The 8-bit Hopper kernel: compiled here for a GPU that is not there, run where there is one.
+"""The 8-bit Hopper kernel where there is a Hopper GPU (`test_compile_gluon` compiles it anywhere).
 
 Every case runs in a process of its own: one that hangs or breaks the device harms no other. As a script,
 
     python tests/test_gluon_8bit.py            # every case on the GPU, a line each; exit status 1 if one fails
     python tests/test_gluon_8bit.py CASE       # one case, in this process
-    python tests/test_gluon_8bit.py compile    # what the variants need, as JSON; no GPU
 """
 
 import json
@@ -12,12 +11,14 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from visionfuse.bench.block_lists import all_keys, band, block_list
+from visionfuse.kernels.attention.bias import BlockBias
 from visionfuse.kernels.attention.prologue import (
     EIGHT_BIT,
     SWAPPED,
@@ -27,6 +28,7 @@ from visionfuse.kernels.attention.prologue import (
 )
 from visionfuse.testing import (
     assert_within_budget,
+    dense_bias,
     plan_mask,
     poisoned_memory,
     random_plan,
@@ -39,10 +41,15 @@ hopper = pytest.mark.skipif(
     reason="needs a Hopper GPU",
 )
 
-# The last one keeps values in 16 bits.
-SPECS = {**EIGHT_BIT, "int8_bf16": PrologueSpec(qk="int8", k_rows=128)}
+SPECS = {
+    **EIGHT_BIT,
+    **{
+        f"{name}_rows": replace(spec, k_rows=1) for name, spec in EIGHT_BIT.items()
+    },  # a scale a key
+    "int8_bf16": PrologueSpec(qk="int8", k_rows=128),  # values in 16 bits
+}
 # e4m3 weights are summed as they are multiplied, rounded to 4 bits: a sixteenth where one key has all of it.
-LSE_BUDGET = {"fp8": 1 / 16, "int8_fp8": 1 / 16, "int8_bf16": 2e-3}
+LSE_BUDGET = {name: 2e-3 if name == "int8_bf16" else 1 / 16 for name in SPECS}
 
 
 def quantize(q, k, v, precision):
@@ -95,14 +102,19 @@ NAMES += [
 ]
 NAMES += ["int8_bf16-256-dense-2-groups"]
 NAMES += [f"{p}-{d}-variants" for p in SPECS for d in (32, 72, 80)]
+NAMES += [f"{p}_rows-{d}-{case}" for p in EIGHT_BIT for d in (128, 64)
+          for case in ("dense", "dense-ragged", "lists-2-groups", "intervals", "bits")]  # fmt: skip
+# With a row of numbers added to the scores of every tile.
+NAMES += [f"{p}-{d}-{case}+bias" for p in SPECS for d in (128, 64)
+          for case in ("dense", "dense-ragged", "lists", "intervals-2-groups", "bits")]  # fmt: skip
 
 
-def rounded_weights_attention(q, k, v, mask, scale, rounding=torch.float8_e4m3fn):
+def rounded_weights_attention(q, k, v, mask, scale, rounding=torch.float8_e4m3fn, bias=0.0):
     """Exact attention, and the same with weights rounded at 448 times their size, in bf16; the lse."""
     group = q.shape[2] // k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
+    scores = (q @ k.mT * scale + bias).masked_fill(~mask, -torch.inf)
     top = scores.amax(-1, keepdim=True)
     weights = (scores - top.masked_fill(top == -torch.inf, 0.0)).exp() * 448
     total = weights.sum(-1, keepdim=True)
@@ -114,9 +126,10 @@ def rounded_weights_attention(q, k, v, mask, scale, rounding=torch.float8_e4m3fn
 
 def run_case(name: str) -> dict:
     """Compare with float64 of the dequantised operands; the error of all of it beside that."""
-    from visionfuse.kernels.attention import gluon_sm90_8bit
+    from visionfuse.kernels.attention.gluon_sm90 import eight_bit
 
     precision, dim, case = name.split("-", 2)
+    case, _, biased = case.partition("+")
     make, batch, heads, kv_heads, factor = CASES[case]
     dim, plan = int(dim), make().to("cuda")
     if case == "variants":
@@ -132,15 +145,21 @@ def run_case(name: str) -> dict:
     scale = dim**-0.5
     mask = plan_mask(plan, batch, heads)
     rounding = torch.bfloat16 if x.v_scale is None else torch.float8_e4m3fn
+    bias, dense = None, 0.0
+    if biased:
+        bias = BlockBias(
+            3 * torch.randn(batch, heads, plan.tiles, plan.length_k, generator=g, device="cuda")
+        )
+        dense = dense_bias(bias, plan)
     exact, low, exact_lse = rounded_weights_attention(
-        *dequantize(x, precision), mask, scale, rounding
+        *dequantize(x, precision), mask, scale, rounding, dense
     )
-    whole = rounded_weights_attention(*(t.double() for t in (q, k, v)), mask, scale)[0]
-    reasons = gluon_sm90_8bit.unsupported(x, plan)
+    whole = rounded_weights_attention(*(t.double() for t in (q, k, v)), mask, scale, bias=dense)[0]
+    reasons = eight_bit.unsupported(x, plan)
     assert not reasons, reasons
     with poisoned_memory():
-        out, lse = gluon_sm90_8bit.forward(x, plan, scale, True)
-        alone, nothing = gluon_sm90_8bit.forward(x, plan, scale, False)
+        out, lse = eight_bit.forward(x, plan, scale, True, bias)
+        alone, nothing = eight_bit.forward(x, plan, scale, False, bias)
     torch.cuda.synchronize()
     got = out.double()
     report = {
@@ -209,15 +228,15 @@ def test_case(name):
 @hopper
 @pytest.mark.parametrize("precision", EIGHT_BIT)
 def test_reads_fused_projections_and_repeats_exactly(precision):
-    from visionfuse.kernels.attention import gluon_sm90_8bit
+    from visionfuse.kernels.attention.gluon_sm90 import eight_bit
 
     plan = block_list(500, 500, 192, all_keys).to("cuda")
     q, k, v = torch.randn(3, 2, 500, 4, 128, device="cuda")
     x = quantize(q, k, v, precision)
     fused = torch.stack([x.q.view(torch.int8), x.k.view(torch.int8)], 2).view(x.q.dtype)
     views = x._replace(q=fused[:, :, 0], k=fused[:, :, 1])
-    first = gluon_sm90_8bit.forward(x, plan, 0.1, False)[0]
-    assert torch.equal(first, gluon_sm90_8bit.forward(views, plan, 0.1, False)[0])
+    first = eight_bit.forward(x, plan, 0.1, False)[0]
+    assert torch.equal(first, eight_bit.forward(views, plan, 0.1, False)[0])
 
 
 # Without a GPU -----------------------------------------------------------------------------------
@@ -245,70 +264,21 @@ def test_quantizer(precision, length):
 
 def test_refuses_with_every_reason():
     pytest.importorskip("triton")
-    from visionfuse.kernels.attention import gluon_sm90_8bit
+    from visionfuse.kernels.attention.gluon_sm90 import eight_bit
 
     plan = random_plan(1, length_q=96, length_k=96, block_q=256, block_k=32, kind="bits")
     q, k, v = torch.randn(3, 1, 96, 2, 144)
     x = quantize(q, k, v, "fp8")
-    reasons = " ".join(gluon_sm90_8bit.unsupported(x, plan))
+    reasons = " ".join(eight_bit.unsupported(x, plan))
     for word in ("Hopper", "head dim", "at most 128 queries", "start at multiples of 128"):
         assert word in reasons
     with pytest.raises(ValueError, match="positive"):
-        gluon_sm90_8bit.forward(x, plan, -1.0, False)
-
-
-COMPILED = [
-    f"{precision}-{case}"
-    for precision in EIGHT_BIT
-    for case in (
-        "128-dense",
-        "128-dense-ragged",
-        "128-intervals-2-groups",
-        "64-dense",
-        "64-intervals",
-    )
-] + ["int8_bf16-128-dense", "int8_bf16-128-bits"]
-
-
-def compile_case(name: str) -> dict:
-    """Call `forward` on a CPU up to the launch, and compile what it would have launched."""
-    from test_gluon_sm90 import compiled_launches
-
-    from visionfuse.kernels.attention import gluon_sm90_8bit as module
-
-    precision, dim, case = name.split("-", 2)
-    make, batch, heads, kv_heads, _ = CASES[case]
-    plan = make()
-    q = torch.randn(batch, plan.length_q, heads, int(dim))
-    k, v = torch.randn(2, batch, plan.length_k, kv_heads, int(dim))
-    with compiled_launches() as reports:
-        module.forward(quantize(q, k, v, precision), plan, 0.125, case != "dense")
-    return reports[0]
-
-
-def test_compiles_for_hopper_without_spills_in_the_unmasked_loop():
-    pytest.importorskip("triton")
-    good, text = spawn("compile", seconds=300)
-    assert good, text
-    for name, report in json.loads(text).items():
-        precision, dim, case = name.split("-", 2)
-        assert report["shared"] <= 227 * 1024, name
-        assert not report["serialized"], name
-        assert not report["unset"], (name, report["unset"])
-        assert report["tma"], name
-        assert bool(report["fp8"]) == ("fp8" in precision), name
-        assert bool(report["int8"]) == ("int8" in precision), name
-        # Three groups of 128: addresses wait in memory from tile to tile, a few in the loop; the int8_bf16
-        # one also spills under the mask of ragged entries.
-        few = 16 if dim != "128" or "2-groups" in case else 400 if case == "bits" else 224
-        assert report["spills"] <= few, (name, report["spills"])
+        eight_bit.forward(x, plan, -1.0, False)
 
 
 if __name__ == "__main__":
     match sys.argv[1:]:
         case []:
             sys.exit(run_all(workers=min(12, os.cpu_count() or 1)))
-        case ["compile"]:
-            print(json.dumps({name: compile_case(name) for name in COMPILED}))
         case [name]:
             run_case(name)

@@ -7,6 +7,12 @@ from visionfuse.kernels.attention.api import block_sparse_attention
 from visionfuse.kernels.plan.layout import TokenLayout
 from visionfuse.kernels.plan.neighborhood import Neighborhood, neighborhood_mask
 from visionfuse.kernels.plan.planner import BlockShape, plan_attention
+from visionfuse.neighborhood import (
+    NeighborhoodAttention1D,
+    NeighborhoodAttention2D,
+    NeighborhoodAttention3D,
+    neighborhood_attention,
+)
 from visionfuse.testing import dense_attention
 
 natten = pytest.importorskip(
@@ -80,3 +86,59 @@ def test_natten_agrees(seed, rank):
 def test_natten_agrees_on_many(rank):
     for seed in range(100, 180):
         compare(seed, rank, ("blocks",))
+
+
+# The public function and the modules ---------------------------------------------------------------------
+
+
+def compare_functions(seed: int, rank: int):
+    """Output and lse of na1d, na2d and na3d, with grouped heads and additional keys and values.
+
+    Gradients have another oracle, in test_neighborhood.py: NATTEN has none on a CPU.
+    """
+    grid, spec = random_case(seed, rank)
+    if rank == 1 and spec.window == grid and spec.causal == (True,):
+        return  # NATTEN hands it to a dense backend, which has no causal mask on a CPU
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda heads, *shape: torch.randn(2, *shape, heads, DIM, generator=g)
+    q, k, v = draw(2 * HEADS, *grid), draw(HEADS, *grid), draw(HEADS, *grid)
+    extra = (draw(HEADS, 3), draw(HEADS, 3)) if seed % 2 else None
+    attend = {1: natten.na1d, 2: natten.na2d, 3: natten.na3d}[rank]
+    arguments = (spec.window, spec.stride, spec.dilation, spec.causal)
+    more = {} if extra is None else {"additional_keys": extra[0], "additional_values": extra[1]}
+    theirs = attend(
+        q, k, v, *arguments, return_lse=True, backend="flex-fna",
+        attention_kwargs={"backend": "flex-fmha"}, **more,
+    )  # fmt: skip
+    ours = neighborhood_attention(q, k, v, *arguments, extra_kv=extra, return_lse=True)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0, msg=f"{grid}, {spec}")
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_functions_agree(rank):
+    for seed in range(4):
+        compare_functions(seed, rank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_functions_agree_on_many(rank):
+    for seed in range(1000, 1200):
+        compare_functions(seed, rank)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_modules_are_interchangeable(rank):
+    """State dicts and results, with positional arguments."""
+    torch.manual_seed(0)
+    modules = (NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D)
+    names = ("NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D")
+    arguments = (32, 2, 3, 2, 2, True, True, 0.3)
+    theirs = getattr(natten, names[rank - 1])(*arguments)
+    ours = modules[rank - 1](*arguments)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(1, *(8, 7, 6)[:rank], 32)
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=0)

@@ -193,7 +193,7 @@ def test_ids_name_grids(grids, expected):
 def test_ids_that_are_no_grid():
     assert "do not count" in parse_ids(torch.ones(384, 3)).reason
     assert "do not count" in parse_ids(torch.randperm(384)[:, None].expand(-1, 3).float()).reason
-    assert "shape" in parse_ids(torch.zeros(384, 4)).reason
+    assert "shape" in parse_ids(torch.zeros(384, 5)).reason
     wide = parse_ids(ids((0, span(8), span(300)), dtype=torch.bfloat16))
     assert isinstance(wide, Unsupported)
     assert "256" in wide.reason

@@ -331,7 +331,7 @@ def test_an_exception_leaves_nothing_behind():
     with pytest.raises(KeyboardInterrupt):
         run(pipe, callback_on_step_end=fail)
     assert traces(pipe) == before
-    assert ACTIVE.plan is None
+    assert ACTIVE.variants == ()
     pipe.disable_visionfuse()
     assert torch.equal(run(pipe), stock)
 

@@ -63,6 +63,14 @@ def test_sage_changes_little_and_leaves_no_trace(pipe, stock, options, most):
     assert torch.equal(run(pipe), stock)
 
 
+def test_the_report_says_what_int4_is_good_for(pipe):
+    pipe.enable_visionfuse("sage", qk="int4")
+    run(pipe, steps=1)
+    assert "saves no time" in str(visionfuse.report(pipe))
+    pipe.enable_visionfuse("sage")
+    assert "saves no time" not in str(visionfuse.report(pipe))
+
+
 def test_more_bits_are_closer(pipe, stock):
     changes = []
     for name in ("int8", "int8_fp8", "fp8", "int4_fp8+smooth_q"):

@@ -12,6 +12,7 @@ import torch
 from torch import library
 
 from visionfuse.kernels.attention import (
+    BlockBias,
     Precision,
     UnsupportedError,
     block_sparse_attention,
@@ -64,6 +65,7 @@ def test_names(name):
     assert str(precision) == precision.name == name
     assert precision.is_model == (name == "model")
     assert precision.smooth_k == (precision.qk != "model")
+    assert ("saves no time" in precision.caveat) == name.startswith("int4")
 
 
 def test_older_json_loads():
@@ -106,34 +108,69 @@ def rounded(x, format, group):
     """x [S, D] through the codes of `format`; tokens of one group share a scale. In float64."""
     if format == "model":
         return x
+    if format == "fp16":
+        return x.half().double()
     out = x.clone()
-    for g in group.unique():
-        top = x[group == g].abs().max().clamp(min=2.0**-100)
-        codes = x[group == g] * (LIMITS[format] / top)
+    for g in sorted(set(group)):
+        own = torch.tensor([n for n, other in enumerate(group) if other == g])
+        top = x[own].abs().max().clamp(min=2.0**-100)
+        codes = x[own] * (LIMITS[format] / top)
         codes = codes.to(torch.float8_e4m3fn).double() if format == "fp8" else codes.round()
-        out[group == g] = codes * (top / LIMITS[format])
+        out[own] = codes * (top / LIMITS[format])
     return out
+
+
+# Which tokens share a scale, written out as facts of SageAttention2's code and paper: of query or key n.
+Q_GROUPS = {
+    "tensor": lambda n: 0,
+    "block": lambda n: n // 128,
+    "warp": lambda n: n // 16,
+    "thread": lambda n: (n // 16, n % 8),  # rows i and i + 8 of a slab of 16
+    "token": lambda n: n,
+    "block_sm80": lambda n: n // 128,
+    "warp_sm80": lambda n: n // 32,
+    "thread_sm80": lambda n: (n // 32, n % 8),  # rows i, i + 8, i + 16 and i + 24 of 32
+}
+K_GROUPS = {
+    "tensor": lambda n: 0,
+    "block": lambda n: n // 128,
+    "warp": lambda n: n // 128,
+    "thread": lambda n: (n // 128, n % 8 // 2),  # 8 j + 2 g and 8 j + 2 g + 1, 32 of a block of 128
+    "token": lambda n: n,
+    "block_sm80": lambda n: n // 64,
+    "warp_sm80": lambda n: n // 64,
+    "thread_sm80": lambda n: (n // 64, n % 8 // 2),  # 16 of a block of 64
+}
+
+
+def weights(scores, pv):
+    """(weights as they are multiplied, what they add up to), of scores [S_q, S_k] in float64."""
+    p = (scores - scores.amax(-1, keepdim=True).nan_to_num(neginf=0.0)).exp()
+    if pv == "fp8":
+        p = (p * 2**8.807).to(torch.float8_e4m3fn).double() / 2**8.807
+        return p, p.sum(-1, keepdim=True)
+    return p.half().double() if pv == "fp16" else p, p.sum(-1, keepdim=True)
 
 
 def oracle(q, k, v, plan, scale, precision):
     """Head by head, from the definition of a `Precision`. out (B, S, H, D), lse (B, H, S) in float64."""
     batch, _, heads, _ = q.shape
     mask = plan_mask(plan, batch, heads)
-    run = torch.zeros(plan.length_k, dtype=torch.long)
+    place = list(range(plan.length_k))
     width = max(16, 2 ** math.ceil(math.log2(plan.block_k)))
     runs = {(int(s), int(n)) for entries in (plan.full, plan.partial)
             for s, n in zip(entries.start, entries.count, strict=True)}  # fmt: skip
-    in_place = all(start % width == 0 for start, _ in runs)
-    for slot, (start, count) in enumerate(sorted(runs)):
-        for j in range(count):
-            run[start + j] = (start + j if in_place else slot * width + j) // 128
+    if not all(start % width == 0 for start, _ in runs):
+        for slot, (start, count) in enumerate(sorted(runs)):
+            place[start : start + count] = range(slot * width, slot * width + count)
     tile = torch.full((plan.length_q,), -1)
     for i, (start, count) in enumerate(
         zip(plan.q_start.tolist(), plan.q_count.tolist(), strict=True)
     ):
         tile[start : start + count] = i
-    q_group = torch.arange(plan.length_q) // (128 if precision.q_scale == "block" else 1)
-    k_group = run if precision.k_scale == "block" else torch.arange(plan.length_k)
+    q_group = [Q_GROUPS[precision.q_scale](n) for n in range(plan.length_q)]
+    k_place = range(plan.length_k) if precision.k_scale == "token" else place
+    k_group = [K_GROUPS[precision.k_scale](n) for n in k_place]
     out, lse = torch.zeros(q.shape).double(), torch.zeros(batch, heads, plan.length_q).double()
     for b, h in product(range(batch), range(heads)):
         kv = h // (heads // k.shape[2])
@@ -143,16 +180,18 @@ def oracle(q, k, v, plan, scale, precision):
         q_mean = torch.zeros_like(qh)
         if precision.smooth_q:
             for i in tile[tile >= 0].unique():
-                q_mean[tile == i] = qh[tile == i].mean(0)
+                q_mean[tile == i] = qh[tile == i].mean(0).to(q.dtype).double()
         smooth = kh - k_mean
-        scores = (
-            rounded(qh - q_mean, precision.qk, q_group) @ rounded(smooth, precision.qk, k_group).T
-        )
+        low_q = (qh - q_mean).to(q.dtype).double()
+        low_v = (vh - v_mean).to(v.dtype).double() if precision.smooth_v else vh
+        scores = rounded(low_q, precision.qk, q_group) @ rounded(smooth, precision.qk, k_group).T
         scores = scale * (scores + q_mean @ smooth.T)
-        values = rounded((vh - v_mean).T, precision.pv, torch.arange(vh.shape[1])).T + v_mean
+        values = rounded(low_v.T, precision.pv, list(range(vh.shape[1]))).T + v_mean
         scores = scores.masked_fill(~mask[b, h], -math.inf)
-        out[b, :, h] = scores.softmax(-1).nan_to_num(0.0) @ values
-        lse[b, h] = scores.logsumexp(-1) + scale * (qh @ k_mean)
+        p, total = weights(scores, precision.pv)
+        out[b, :, h] = p @ values / total.masked_fill(total == 0, 1.0)
+        top = scores.amax(-1)
+        lse[b, h] = top + total[:, 0].log() + scale * (qh @ k_mean)
     return out, lse
 
 
@@ -201,7 +240,8 @@ def inputs(plan, *, batch=1, heads=4, kv_heads=2, dim=16, dtype=torch.float32, s
 
 
 FLAGS = ["fp8-smooth_k", "int8_fp8-smooth_k", "int8_fp8+smooth_q", "int4_fp8+smooth_q+smooth_v",
-         "int8+q_block+k_row", "fp8+smooth_q+q_block"]  # fmt: skip
+         "int8_fp16+smooth_v", "fp8+smooth_q+q_block",
+         *(f"int4+q_{name}+k_{name}" for name in SCALES if name != "token"), "int8+k_token"]  # fmt: skip
 
 
 @pytest.mark.parametrize("impl", PORTABLE)
@@ -213,8 +253,9 @@ def test_emulation_equals_the_oracle(impl, precision):
         q, k, v, plan, impl=impl, precision=precision, return_lse=True
     )
     expected, expected_lse = oracle(q, k, v, plan, 0.25, Precision.parse(precision))
-    # In float32 an element in a million lies on the other side of a step; one step moves an output by less.
-    tolerance = 2e-6 if impl == "reference" else 2e-3
+    # A weight in a million lies on the other side of a step of e4m3 in float32, and where means of queries
+    # were summed in another order; one step moves an output by less.
+    tolerance = 5e-3 if impl == "blocks" else 5e-5 if "smooth_q" in precision else 2e-6
     torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=0)
     torch.testing.assert_close(lse.double(), expected_lse, atol=10 * tolerance, rtol=0)
     exact = block_sparse_attention(q, k, v, plan, impl=impl)
@@ -231,21 +272,32 @@ def test_any_plan(name, precision):
         q, k, v, plan, impl="reference", precision=precision, return_lse=True
     )
     for g, e in zip(got, expected, strict=True):
-        torch.testing.assert_close(g.double(), e, atol=3e-6, rtol=0)
+        torch.testing.assert_close(g.double(), e, atol=5e-5, rtol=0)
     blocks = block_sparse_attention(q, k, v, plan, impl="blocks", precision=precision)
-    torch.testing.assert_close(blocks.double(), expected[0], atol=2e-3, rtol=0)
+    torch.testing.assert_close(blocks.double(), expected[0], atol=5e-3, rtol=0)
 
 
-def test_flex_rounds_as_well():
+def test_flex_refuses_what_it_cannot_round():
     plan = small_plan()
     q, k, v = inputs(plan)
-    for precision in ("int8_fp8", "fp8+smooth_q"):
-        flex, blocks = (
-            block_sparse_attention(q, k, v, plan, impl=impl, precision=precision, return_lse=True)
-            for impl in ("flex", "blocks")
-        )
-        for a, b in zip(flex, blocks, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    with pytest.raises(UnsupportedError, match="emulated by 'reference' and 'blocks'"):
+        block_sparse_attention(q, k, v, plan, impl="flex", precision="int8_fp8")
+
+
+@pytest.mark.parametrize("precision", ["int8_fp8", "int4+smooth_q"])
+def test_a_bias_is_added_to_rounded_scores(precision):
+    plan = small_plan()
+    q, k, v = inputs(plan)
+    rows = torch.randn(1, 4, plan.tiles, plan.length_k, generator=torch.Generator().manual_seed(3))
+    bias = BlockBias(torch.where(rows > 0, rows, -1e9))  # hides half of the keys of every tile
+    mask = plan.dense_mask()[None, None].expand(1, 4, -1, -1).clone()
+    for tile, (start, count) in enumerate(zip(plan.q_start, plan.q_count, strict=True)):
+        mask[:, :, start : start + count] &= rows[:, :, tile, None] > 0
+    exact = block_sparse_attention(q, k, v, plan, impl="reference", bias=bias)
+    got = block_sparse_attention(q, k, v, plan, impl="reference", precision=precision, bias=bias)
+    seen = mask.any(-1).transpose(1, 2)[..., None]
+    difference = ((got - exact) * seen).abs().sum() / (exact * seen).abs().sum()
+    assert difference < (0.05 if precision == "int8_fp8" else 0.3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -256,25 +308,8 @@ def test_half_precision_is_rounded_once_more(impl, dtype):
     out = block_sparse_attention(q, k, v, plan, impl=impl, precision="int8_fp8")
     expected, _ = oracle(q, k, v, plan, 0.25, Precision.parse("int8_fp8"))
     assert out.dtype == dtype
-    budget = torch.finfo(dtype).eps * expected.abs().max() + 2e-3
+    budget = torch.finfo(dtype).eps * expected.abs().max() + 5e-3
     assert (out.double() - expected).abs().max() <= budget
-
-
-def error(precision, *, dim=64, **changes):
-    plan = small_plan(grid=(24, 40), tile=(8, 16), window=(9, 15), block_k=128)
-    q, k, v = inputs(plan, dim=dim, **changes)
-    exact = block_sparse_attention(q, k, v, plan, impl="reference")
-    out = block_sparse_attention(q, k, v, plan, impl="reference", precision=precision)
-    return float((out - exact).abs().sum() / exact.abs().sum())
-
-
-def test_smoothing_pays_where_channels_stand_out():
-    assert error("int8") < 0.6 * error("int8-smooth_k")
-    assert error("fp8") < error("fp8-smooth_k")
-    assert error("int4+smooth_q") < error("int4") < error("int4-smooth_k")
-    assert error("model_fp8+smooth_v") < error("model_fp8")
-    assert error("int8") < error("int4")
-    assert error("int8_fp8") < 0.05
 
 
 def test_log_sum_exp_is_that_of_the_keys_that_were_given():
@@ -365,28 +400,33 @@ def test_op_passes_opcheck(impl):
     q, k, v = inputs(plan, dtype=torch.bfloat16)
     library.opcheck(
         torch.ops.visionfuse.block_sparse_attention.default,
-        (q, k, v, plan.to_tensors(), plan.scalars(), 0.25, impl, True, "int8_fp8+smooth_v"),
+        (q, k, v, plan.to_tensors(), plan.scalars(), [], 0.25, impl, True, "int8_fp8+smooth_v"),
     )
 
 
-def test_nothing_trains_through_rounding():
+def test_gradients_go_straight_through():
     plan = small_plan()
     q, k, v = (x.requires_grad_() for x in inputs(plan))
-    for impl in ("auto", "blocks", "triton"):
-        with pytest.raises(UnsupportedError, match="no backward"):
-            block_sparse_attention(q, k, v, plan, impl=impl, precision="fp8")
-    with torch.no_grad():
-        assert not block_sparse_attention(q, k, v, plan, precision="fp8").requires_grad
+    out = block_sparse_attention(q, k, v, plan, precision="fp8")
+    exact = block_sparse_attention(q, k, v, plan)
+    assert (out - exact).abs().max() > 1e-3
+    up = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(
+        torch.autograd.grad(out, (q, k, v), up),
+        torch.autograd.grad(exact, (q, k, v), up),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
 
 
 def test_kernels_say_what_they_do_not_do():
     plan = small_plan()
     q, k, v = inputs(plan, dtype=torch.float64)
     for impl in ("triton", "gluon_sm90"):
-        reasons = unsupported_reasons(impl, q, k, v, plan, "int8_fp8+smooth_q+q_block+k_row")
+        reasons = unsupported_reasons(impl, q, k, v, plan, "int8_fp8+q_thread+k_block_sm80")
         text = " ".join(reasons)
         if "does not import" not in text:
-            for word in ("smoothing of queries", "blocks of queries", "float64"):
+            for word in ("q_scale='thread'", "k_scale='block_sm80'", "float64"):
                 assert word in text
     with pytest.raises(UnsupportedError, match=r"gluon_sm90.*precision='fp8'"):
         block_sparse_attention(q, k, v, plan, impl="gluon_sm90", precision="fp8")

@@ -1,7 +1,7 @@
 """Rounded attention on a Hopper GPU, from bf16 inputs and plans of the planner to the output.
 
-The reference is the emulation in float64 (`quantize.emulate`, checked pair by pair in tests/test_precision.py)
-on some tiles; the budget is twice the error of the same with weights rounded to e4m3. As a script, every case
+The reference is the emulation in float64 with exact weights (checked pair by pair in tests/test_precision.py)
+on some tiles; the budget is twice the error of the same with the weights rounded. As a script, every case
 in a process of its own:
 
     python tests/test_precision_gpu.py            # all, a line each; exit status 1 if one fails
@@ -22,7 +22,7 @@ import torch
 from visionfuse.kernels.attention import (
     Precision,
     block_sparse_attention,
-    quantize,
+    emulation,
     select_implementation,
     unsupported_reasons,
 )
@@ -62,6 +62,9 @@ CASES = {
     "float32": (FLUX, WINDOW, None, "gluon_sm90", "fp8", "float32", 64, 1, 1),
     "not-smoothed": (FLUX, WINDOW, None, "gluon_sm90", "fp8-smooth_k", "bfloat16", 128, 1, 1),
     "int4": (FLUX, WINDOW, None, "gluon_sm90", "int4_fp8", "bfloat16", 128, 2, 2),
+    "smooth-q": (FLUX, WINDOW, None, "triton", "int8_fp8+smooth_q", "bfloat16", 128, 2, 1),
+    "int4-smooth-q": (FLUX, Dense(), None, "triton", "int4+smooth_q", "bfloat16", 64, 2, 1),
+    "fp16-values": (FLUX, WINDOW, None, "gluon_sm90", "int8_fp16+q_warp+k_warp", "bfloat16", 128, 2, 1),
     "flux-int8": (FLUX, WINDOW, None, "gluon_sm90", "int8", "bfloat16", 128, 2, 1),
     "triton-flux-int8": (FLUX, WINDOW, None, "triton", "int8", "bfloat16", 128, 2, 1),
     "triton-wan-fp8": (WAN_480P, ODD_VIDEO, None, "triton", "fp8", "float16", 64, 1, 1),
@@ -73,52 +76,6 @@ CASES = {
 LSE_BUDGET = {"fp8": 2e-2, "int8": 5e-3, "int4": 0.2}
 NOT_SMOOTHED = 0.2
 OF_WEIGHTS = 1 / 16  # half a step of e4m3: with FP8 weights the kernels sum what they multiply
-
-
-class Sampled:
-    """An implementation in float64 that computes some tiles and leaves NaN elsewhere. e4m3: its weights are
-    rounded, at 448 times their size."""
-
-    def __init__(self, tiles: list[int], e4m3: bool = False):
-        self.tiles, self.e4m3 = tiles, e4m3
-
-    def forward(self, q, k, v, plan, scale, return_lse):
-        group = q.shape[2] // k.shape[2]
-        out = torch.full_like(q, torch.nan)
-        lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), torch.nan, device=q.device).double()
-        for tile in self.tiles:
-            mask, start, count = visible_rows(plan, tile)
-            for h in range(q.shape[2]):
-                rows = q[:, start : start + count, h].double()
-                scores = rows @ k[:, :, h // group].double().mT * scale
-                scores = scores.masked_fill(~mask, -torch.inf)
-                weights = (scores - scores.amax(-1, keepdim=True)).exp() * 448
-                total = weights.sum(-1, keepdim=True)
-                if self.e4m3:
-                    weights = weights.float().to(torch.float8_e4m3fn).double()
-                out[:, start : start + count, h] = weights @ v[:, :, h // group].double() / total
-                lse[:, h, start : start + count] = scores.logsumexp(-1)
-        return out, lse if return_lse else None
-
-
-def visible_rows(plan, tile):
-    """The keys that the queries of a tile see, bool [count, Sk], and where the tile lies."""
-    start, count = int(plan.q_start[tile]), int(plan.q_count[tile])
-    mask = torch.zeros(count, plan.length_k, dtype=torch.bool, device=plan.device)
-    first, last = plan.full.offset[tile : tile + 2].tolist()
-    for s, n in zip(
-        plan.full.start[first:last].tolist(), plan.full.count[first:last].tolist(), strict=True
-    ):
-        mask[:, s : s + n] = True
-    seen = slice(*plan.partial.offset[tile : tile + 2].tolist())
-    if seen.start < seen.stop:
-        blocks = plan.partial_mask(seen, tile)
-        runs = zip(
-            plan.partial.start[seen].tolist(), plan.partial.count[seen].tolist(), strict=True
-        )
-        for block, (s, n) in zip(blocks, runs, strict=True):
-            mask[:, s : s + n] = block[:, :n]
-    return mask, start, count
 
 
 def inputs(plan, dtype, dim, heads, kv_heads):
@@ -158,31 +115,29 @@ def run_case(name: str) -> dict:
     assert not out.isnan().any()
     assert lse.isfinite().all()
     tiles = sorted({0, plan.tiles // 3, plan.tiles // 2, plan.tiles - 1})
-    exact, low = (
-        quantize.emulate(
-            Sampled(tiles, e4m3), q, k, v, plan, dim**-0.5, True, Precision.parse(precision),
-            dtype=torch.float64,
+    formats = Precision.parse(precision)
+
+    def emulated(formats, **options):
+        return emulation.forward(
+            q, k, v, plan, dim**-0.5, True, formats, dtype=torch.float64, tiles=tiles, **options
         )
-        for e4m3 in (False, True)
-    )  # fmt: skip
+
+    exact, low = emulated(formats, weights=emulation.exact_weights), emulated(formats)
     rows = torch.cat([
         torch.arange(int(plan.q_start[t]), int(plan.q_start[t] + plan.q_count[t])) for t in tiles
     ])  # fmt: skip
     got = out[:, rows]
     want, twin = exact[0][:, rows].double(), low[0][:, rows].bfloat16().double()
-    assert not want.isnan().any()
-    whole, _ = Sampled(tiles).forward(q.double(), k.double(), v.double(), plan, dim**-0.5, False)
-    whole = whole[:, rows]
+    whole = emulated(Precision(), weights=emulation.exact_weights)[0][:, rows].double()
     lse_error = (lse - exact[1])[:, :, rows].abs().max().item()
     report = {
         "error": (got.double() - want).abs().max().item(), "of_rounding": (twin - want).abs().max().item(),
         "lse_error": lse_error, "rel_l1": ((got - whole).abs().sum() / whole.abs().sum()).item(),
-        "rel_l1_emulated": ((want - whole).abs().sum() / whole.abs().sum()).item(),
+        "rel_l1_emulated": ((twin - whole).abs().sum() / whole.abs().sum()).item(),
     }  # fmt: skip
     print(json.dumps({key: float(f"{value:.3g}") for key, value in report.items()}), flush=True)
     # Kernels write bf16, whatever the inputs are: so their ulp counts.
     assert_within_budget(got.bfloat16(), want, twin)
-    formats = Precision.parse(precision)
     allowed = LSE_BUDGET[formats.qk] if formats.smooth_k else NOT_SMOOTHED
     allowed += OF_WEIGHTS * (formats.pv == "fp8")
     assert lse_error <= allowed, (lse_error, allowed)
@@ -278,9 +233,9 @@ def choices() -> dict:
     for precision in ("fp8", "int8_fp8"):
         for dim in (64, 128):
             assert select_implementation("cuda", torch.bfloat16, dim, precision)[0] == "gluon_sm90"
-    name, reasons = select_implementation("cuda", torch.bfloat16, 128, "fp8+smooth_q")
+    name, reasons = select_implementation("cuda", torch.bfloat16, 128, "int8+q_thread")
     assert name == "blocks"
-    assert any("smoothing of queries" in reason for reason in reasons)
+    assert any("q_scale='thread'" in reason for reason in reasons)
     return {}
 
 
@@ -328,16 +283,6 @@ def test_case(name):
 
 
 # Without a GPU -----------------------------------------------------------------------------------
-
-
-def test_sampled_tiles_are_those_of_the_plan():
-    plan = plan_attention(
-        TokenLayout.joint(text=5, grids=[(9, 14)]), Neighborhood(window=(5, 7)), impl="gluon_sm90"
-    ).blocks
-    mask = plan.dense_mask()
-    for tile in range(plan.tiles):
-        rows, start, count = visible_rows(plan, tile)
-        assert torch.equal(rows, mask[start : start + count])
 
 
 def test_wan_plans_have_the_tiles_of_their_name():

@@ -8,12 +8,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from visionfuse.kernels.attention import prologue as host
-from visionfuse.kernels.attention import prologue_launch
 from visionfuse.kernels.attention.prologue import (
     SWAPPED,
     Operands,
     PrologueSpec,
     dequantized,
+    launch,
     prologue,
     reference,
 )
@@ -310,7 +310,7 @@ def test_everything_is_written_and_repeats_exactly(spec, monkeypatch):
             raw = torch.full((count,), byte, dtype=torch.uint8, device=device)
             return raw.view(dtype).view(shape)
 
-        monkeypatch.setattr(prologue_launch, "_empty", poisoned)
+        monkeypatch.setattr(launch, "_empty", poisoned)
         results.append(prologue(*tensors, spec, **options))
     for name, a, b in zip(Operands._fields, *results, strict=True):
         if a is not None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from visionfuse.kernels.attention.prologue import PrologueSpec, prologue, prologue_op
-from visionfuse.kernels.attention.prologue_launch import Inputs, plan_launches
+from visionfuse.kernels.attention.prologue.launch import Inputs, plan_launches
 from visionfuse.testing import compile_target, kernel_report
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

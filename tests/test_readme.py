@@ -9,11 +9,15 @@ from visionfuse.bench.readme import fill_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+DOCS = sorted((ROOT / "assets" / "docs").glob("*.md"))
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *DOCS]
+PYTHON = re.compile(r"(<!-- run -->\n)?```python\n(.*?)```", re.DOTALL)
 
 
-def test_tables_are_current():
-    assert fill_tables(README, ROOT / "assets" / "bench") == README, (
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_tables_are_current(page):
+    text = page.read_text(encoding="utf-8")
+    assert fill_tables(text, ROOT / "assets" / "bench") == text, (
         "run python -m visionfuse.bench.readme"
     )
 
@@ -22,14 +26,22 @@ def test_tables_are_current():
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("https://"):
-            assert (ROOT / target).exists(), f"{page.name} links to {target}"
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_python_examples_compile():
-    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert examples
-    for example in examples:
-        compile(example, "README.md", "exec")
+@pytest.mark.parametrize("page", [PAGES[0], *DOCS], ids=lambda p: p.name)
+def test_python_examples(page):
+    """All are Python; those marked with <!-- run --> run here, one after another."""
+    scope: dict = {}
+    for run, example in PYTHON.findall(page.read_text(encoding="utf-8")):
+        code = compile(example, page.name, "exec")
+        if run:
+            exec(code, scope)
+
+
+def test_some_examples_run():
+    marked = [page.name for page in DOCS if "<!-- run -->" in page.read_text(encoding="utf-8")]
+    assert {"neighborhood.md", "precision.md", "training.md", "calibrate.md"} <= set(marked)
 
 
 def test_fill_tables(tmp_path):

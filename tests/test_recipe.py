@@ -8,7 +8,8 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 
 from visionfuse import Dense, Neighborhood, Order, Precision, Recipe, Schedule, recipes
-from visionfuse.schedule import Moment, moment
+from visionfuse.recipe import Phase, Variant
+from visionfuse.schedule import Moment, Span, count_steps, moment
 
 FLUX_4K = recipes.build("gna", window=(80, 80), stride=(16, 16), dense_steps=9)
 EXAMPLES = {
@@ -24,8 +25,29 @@ EXAMPLES = {
         plan=Neighborhood(
             window=(None, 24, 24), stride=(1, 8, 8), dilation=(1, 2, 1), causal=(True, False, False)
         ),
-        precision=Precision(qk="int8", pv="fp8", smooth_v=True, k_scale="row"),
+        precision=Precision(qk="int8", pv="fp8", smooth_v=True, k_scale="token"),
         schedule=Schedule(dense_start=0.25, dense_layers=(0, -1), min_steps=4),
+    ),
+    # FPSAttention: coarse and sparse, then fine and dense, then in between.
+    "fps": Recipe(
+        variants=(
+            Variant(
+                name="coarse",
+                plan=Neighborhood(window=(9, 12, 12), stride=(3, 4, 4)),
+                precision=Precision.parse("fp8-smooth_k"),
+            ),
+            Variant(name="fine", precision=Precision.parse("fp8+smooth_v")),
+            Variant(name="medium", plan=Neighborhood(density=0.5), precision=Precision(pv="fp8")),
+        ),
+        schedule=Schedule(
+            phases=(
+                Phase(until=0.2, variant="coarse"),
+                Phase(until=0.8, variant="fine", layers={"stock": (0, -1), "coarse": (3, 4)}),
+                Phase(variant="medium"),
+            ),
+            min_steps=0,
+        ),
+        note="three phases",
     ),
 }
 
@@ -35,9 +57,17 @@ def test_json_round_trip(recipe, tmp_path):
     recipe.save(tmp_path / "recipe.json")
     assert Recipe.load(tmp_path / "recipe.json") == recipe
     values = json.loads((tmp_path / "recipe.json").read_text())
-    assert values["version"] == 1
+    assert values["version"] == 2
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert hash(Recipe.from_dict(values)) == hash(recipe)
+
+
+def test_recipes_of_version_1_load():
+    """As they were written before there were variants: row was the name of a scale for every token."""
+    values: dict = EXAMPLES["everything"].to_dict() | {"version": 1}
+    del values["variants"], values["note"], values["schedule"]["phases"]
+    values["precision"] |= {"k_scale": "row", "q_scale": "row"}
+    assert Recipe.from_dict(values) == EXAMPLES["everything"]
 
 
 def test_recipes_from_before_precisions_load():
@@ -54,6 +84,8 @@ def test_precisions_of_recipes():
         == "int4+smooth_q"
     )
     assert recipes.build("sage").schedule.first_step(4) == 0
+    finer = recipes.build("sage", pv="fp16", q_scale="thread", k_scale="token").precision
+    assert (finer.pv, finer.q_scale, finer.k_scale) == ("fp16", "thread", "token")
     for name in ("auto", "dense", "gna"):
         assert recipes.build(name, precision="fp8").precision == Precision(qk="fp8", pv="fp8")
         assert recipes.build(name, precision=Precision(pv="fp8")).precision.name == "model_fp8"
@@ -70,7 +102,7 @@ def test_recipes_are_frozen_and_keyword_only():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version=2"),
+        ({"version": 3}, "version=3"),
         ({"version": None}, "version=None"),
         ({"plan": {"kind": "spiral"}}, "Unknown plan kind 'spiral'"),
         ({"plan": {"kind": "neighborhood", "windows": 3}}, "no 'windows'"),
@@ -79,6 +111,15 @@ def test_recipes_are_frozen_and_keyword_only():
         ({"precision": {"qk": "fp3"}}, "qk='fp3'"),
         ({"precision": {"smooth": True}}, "no 'smooth'"),
         ({"colour": "red"}, "no 'colour'"),
+        ({"variants": [{"name": "a", "planet": {}}]}, "no 'planet'"),
+        ({"variants": [{"name": "a"}, {"name": "a"}]}, "name of its own"),
+        ({"variants": [{"name": "stock"}]}, "name of its own"),
+        ({"schedule": {"phases": [{"variant": "b"}]}}, "names 'b'.*'stock', 'plan'"),
+        ({"schedule": {"phases": [{"until": 0.5}]}}, "last at 1"),
+        ({"schedule": {"phases": [{"until": 0.5}, {"until": 0.5}, {}]}}, "one after the other"),
+        ({"schedule": {"phases": [{"until": 2}]}}, "got 2"),
+        ({"schedule": {"phases": [{"unti": 1}]}}, "no 'unti'"),
+        ({"schedule": {"phases": [{}], "dense_steps": 3}}, "either phases or dense_start"),
     ],
 )
 def test_wrong_json(change, message):
@@ -149,10 +190,10 @@ def test_gna_defaults_follow_the_resolution():
 )
 def test_first_step(schedule, steps, first):
     assert schedule.first_step(steps) == first
-    phases = schedule.phases(steps)
-    assert [p.start for p in phases][:1] == [0]
-    assert phases[-1].end == steps
-    assert sum(p.end - p.start for p in phases if p.kind == "plan") == steps - first
+    spans = schedule.spans(steps)
+    assert [s.start for s in spans][:1] == [0]
+    assert spans[-1].end == steps
+    assert sum(s.end - s.start for s in spans if s.variant == "plan") == steps - first
 
 
 def test_asking_for_steps_lifts_the_limit_of_short_runs():
@@ -168,6 +209,54 @@ def test_dense_layers():
     assert Schedule(dense_layers=99).layers(4) == (0, 1, 2, 3)
     with pytest.raises(ValueError, match=r"layers \[57\].*57"):
         Schedule(dense_layers=(57,)).layers(57)
+
+
+def test_phases():
+    schedule = EXAMPLES["fps"].schedule
+    exceptions = (("stock", (0, -1)), ("coarse", (3, 4)))
+    assert schedule.spans(10) == (
+        Span("coarse", 0, 2),
+        Span("fine", 2, 8, exceptions),
+        Span("medium", 8, 10),
+    )
+    assert schedule.spans(2) == (Span("fine", 0, 2, exceptions),), "phases without a step"
+    names = ("stock", "fine", "fine", "coarse", "coarse", "stock")
+    assert schedule.by_layer(schedule.spans(10)[1], 6) == names
+    assert schedule.names == ("coarse", "fine", "stock", "medium")
+    assert schedule.first_step(10) == 0
+    first = Schedule(phases=(Phase(until=0.25, variant="stock"), Phase()), min_steps=0)
+    assert first.first_step(20) == 5
+    assert first.spans(20) == Schedule(dense_start=0.25, min_steps=0).spans(20)
+    assert first.spans(3) == (Span("stock", 0, 1), Span("plan", 1, 3))
+    assert Schedule(phases=(Phase(),)).spans(8) == (Span("stock", 0, 8),), "fewer than min_steps"
+    with pytest.raises(ValueError, match=r"'coarse'.*\[4\].*4"):
+        schedule.check_layers(4)
+    kept = replace(schedule, dense_layers=(1,))
+    assert kept.by_layer(Span("fine", 0, 1), 3) == ("fine", "stock", "fine")
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 20, 28, 50])
+@pytest.mark.parametrize("schedule", [e.schedule for e in EXAMPLES.values()], ids=EXAMPLES)
+def test_spans_cover_a_run(schedule, steps):
+    spans = schedule.spans(steps)
+    covered = [step for span in spans for step in range(span.start, span.end)]
+    assert covered == list(range(steps))
+
+
+def test_variants_share_one_order():
+    with pytest.raises(ValueError, match="one dilation, got 1, 2"):
+        Recipe(
+            plan=Neighborhood(density=0.5),
+            variants=(Variant(name="wide", plan=Neighborhood(density=0.5, dilation=2)),),
+        )
+
+
+def test_what_changes_numbers():
+    assert not recipes.build("auto").changes_numbers
+    assert recipes.build("sage").changes_numbers
+    assert recipes.build("gna").changes_numbers
+    assert EXAMPLES["fps"].changes_numbers
+    assert [way.name for way in EXAMPLES["fps"].ways] == ["plan", "coarse", "fine", "medium"]
 
 
 def test_moment_of_real_schedulers():
@@ -186,3 +275,35 @@ def test_moment_of_real_schedulers():
     assert moment(scheduler).step == 0
     assert moment(DDIMScheduler()) is None  # has no step index
     assert moment(None) is None
+
+
+def test_steps_are_counted_where_a_scheduler_does_not_say():
+    import copy
+    import inspect
+
+    import torch
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+    scheduler = DDIMScheduler()
+    before = inspect.signature(scheduler.step)
+    undo = count_steps(scheduler)
+    assert inspect.signature(scheduler.step) == before, "pipelines look for eta and generator in it"
+    x = torch.zeros(1, 3, 4, 4)
+    for _ in range(2):  # the second time with timesteps set anew
+        scheduler.set_timesteps(4)
+        for i, t in enumerate(scheduler.timesteps):
+            assert moment(scheduler) == Moment(i, 4)
+            scheduler.step(x, t, x)
+    scheduler.set_timesteps(4)
+    scheduler.step(x, scheduler.timesteps[0], x)
+    twin = copy.deepcopy(scheduler)
+    twin.step(x, scheduler.timesteps[1], x)
+    assert moment(scheduler) == Moment(1, 4), "a copy steps itself"
+    assert moment(twin).steps == 4
+    undo()
+    assert moment(scheduler) is None
+    assert not {"step", "_visionfuse_steps"} & set(vars(scheduler))
+    flow = FlowMatchEulerDiscreteScheduler()
+    count_steps(flow)()
+    assert "step" not in vars(flow)
+    count_steps(None)()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from visionfuse.kernels.attention import score_bound
+from visionfuse.kernels.attention.gluon_sm90 import score_bound
 from visionfuse.kernels.plan import Dense, Neighborhood, TokenLayout, plan_attention
 from visionfuse.testing import check_attention, random_plan
 

@@ -5,11 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from visionfuse.kernels.attention import triton_forward
+from visionfuse.kernels.attention import triton as triton_attention
 from visionfuse.kernels.attention.prologue import dequantized, reference
-from visionfuse.kernels.attention.triton_forward import TRITON_EIGHT_BIT
+from visionfuse.kernels.attention.triton import TRITON_EIGHT_BIT
 from visionfuse.kernels.plan.compress import compress
-from visionfuse.testing import dense_attention, plan_mask, poisoned_memory, random_plan
+from visionfuse.testing import (
+    dense_attention,
+    dense_bias,
+    plan_mask,
+    poisoned_memory,
+    random_bias,
+    random_plan,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -21,21 +28,22 @@ def tensors(plan, *, batch=1, heads=2, kv_heads=1, dim=32, dtype=torch.float32):
     return tuple(torch.randn(s, generator=g).to(DEVICE, dtype) for s in shapes)
 
 
-def check_quantized(precision, plan, *, dim, k_rows=128, heads=2, kv_heads=1, scale=0.2):
+def check_quantized(precision, plan, *, dim, k_rows=128, heads=2, kv_heads=1, scale=0.2, bias=None):
     """Against float64 of the dequantised operands; FP8 weights are rounded, to 1/16 at worst."""
     plan, spec = plan.to(DEVICE), replace(TRITON_EIGHT_BIT[precision], k_rows=k_rows)
     q, k, v = tensors(plan, heads=heads, kv_heads=kv_heads, dim=dim)
     x = reference(q, k, v, spec)
     if x.v_scale is None:
         x = x._replace(v=v.half())
-    assert triton_forward.unsupported_quantized(x, plan) == []
+    assert triton_attention.unsupported_quantized(x, plan) == []
     with poisoned_memory():
-        out, lse = triton_forward.forward_quantized(x, plan, scale, True)
-        alone, nothing = triton_forward.forward_quantized(x, plan, scale, False)
+        out, lse = triton_attention.forward_quantized(x, plan, scale, True, bias)
+        alone, nothing = triton_attention.forward_quantized(x, plan, scale, False, bias)
     q, k, v = (t.double() for t in dequantized(x, spec))
     mask = plan_mask(plan, 1, heads)
-    exact, exact_lse = dense_attention(q, k, v, mask, scale, accumulate=torch.float64)
-    size, _ = dense_attention(q, k, v.abs(), mask, scale, accumulate=torch.float64)
+    dense = {"accumulate": torch.float64, "bias": dense_bias(bias, plan) if bias else 0.0}
+    exact, exact_lse = dense_attention(q, k, v, mask, scale, **dense)
+    size, _ = dense_attention(q, k, v.abs(), mask, scale, **dense)
     error = (out.double() - exact).abs()
     assert out.dtype == (torch.float16 if x.v_scale is None else torch.bfloat16)
     if x.v_scale is None:
@@ -87,12 +95,21 @@ def test_grouped_heads_and_variants():
     check_quantized("fp8", plan, dim=32, heads=4, kv_heads=2)
 
 
+@pytest.mark.parametrize("kind", ["relative", "block"])
+@pytest.mark.parametrize(("precision", "k_rows"), [("fp8", 128), ("int8", 1)])
+def test_biases(kind, precision, k_rows):
+    """The bias meets the scores where they are in real units, whatever their scales are."""
+    plan = random_plan(21, length_q=50, length_k=90, block_q=32, block_k=32, ragged=False)
+    bias = random_bias(kind, plan.to(DEVICE), heads=2)
+    check_quantized(precision, plan, dim=32, k_rows=k_rows, bias=bias)
+
+
 def test_rows_without_keys_are_zero():
     mask = torch.zeros(32, 32, dtype=torch.bool)
     mask[3, 4] = True
     plan = compress(mask, block_q=16, block_k=16).to(DEVICE)
     x = reference(*tensors(plan), TRITON_EIGHT_BIT["fp8"])
-    out, lse = triton_forward.forward_quantized(x, plan, 1.0, True)
+    out, lse = triton_attention.forward_quantized(x, plan, 1.0, True)
     alone = torch.arange(32, device=DEVICE) == 3
     assert (out[:, ~alone] == 0).all()
     assert (lse[..., ~alone] == -torch.inf).all()
@@ -103,13 +120,13 @@ def test_lists_every_reason():
     plan = random_plan(20, length_q=64, length_k=300, block_q=32, block_k=200).to(DEVICE)
     x = reference(*tensors(plan), TRITON_EIGHT_BIT["fp8"])
     reasons = " ".join(
-        triton_forward.unsupported_quantized(x._replace(k=x.k.float(), v=x.v[..., 1:]), plan)
+        triton_attention.unsupported_quantized(x._replace(k=x.k.float(), v=x.v[..., 1:]), plan)
     )
     for word in ("both be int8", "v must be", "128 keys", "straddle", "multiples of 16"):
         assert word in reasons
-    assert "no scales" in triton_forward.unsupported_quantized(x._replace(q_scale=None), plan)[0]
+    assert "no scales" in triton_attention.unsupported_quantized(x._replace(q_scale=None), plan)[0]
     with pytest.raises(ValueError, match="positive"):
-        triton_forward.forward_quantized(x, plan, -1.0, False)
+        triton_attention.forward_quantized(x, plan, -1.0, False)
 
 
 @pytest.mark.gpu

@@ -17,8 +17,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from visionfuse.kernels.attention import triton_forward
 from visionfuse.kernels.attention.prepared import prepare
+from visionfuse.kernels.attention.triton import host
+from visionfuse.kernels.attention.triton.operands import shared_memory
 from visionfuse.kernels.plan import tiles
 from visionfuse.kernels.plan.block_plan import BlockPlan
 from visionfuse.kernels.plan.compress import compress
@@ -48,7 +49,7 @@ def tensors(plan, *, batch=1, heads=1, kv_heads=None, dim=32, dtype=torch.float3
 
 def check(plan, scale=0.3, **options):
     plan = plan.to(DEVICE)
-    check_attention(triton_forward.forward, *tensors(plan, **options), plan, scale)
+    check_attention(host.forward, *tensors(plan, **options), plan, scale)
 
 
 # Every kind of entry ------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ def test_rows_without_keys_are_zero():
     mask[3, 4] = True
     plan = compress(mask, block_q=16, block_k=16).to(DEVICE)
     q, k, v = tensors(plan)
-    out, lse = triton_forward.forward(q, k, v, plan, 1.0, True)
+    out, lse = host.forward(q, k, v, plan, 1.0, True)
     alone = torch.arange(20, device=DEVICE) == 3
     torch.testing.assert_close(out[:, alone], v[:, 4:5])
     assert (out[:, ~alone] == 0).all()
@@ -131,7 +132,7 @@ def test_masked_columns_do_not_leak_nan():
             seen[start : start + count] = True
     assert not seen.all(), "every key is visited, choose another seed"
     k[:, ~seen], v[:, ~seen] = torch.nan, torch.nan
-    out, lse = triton_forward.forward(q, k, v, plan, 0.3, True)
+    out, lse = host.forward(q, k, v, plan, 0.3, True)
     assert not out.isnan().any()
     assert not lse.isnan().any()
 
@@ -172,12 +173,12 @@ def test_long_tiles_start_first():
 @pytest.mark.parametrize("kind", ["intervals", "bits"])
 def test_entries_in_parts(kind, monkeypatch):
     """GPUs with few registers or little shared memory multiply half an entry at a time."""
-    whole = triton_forward._tuning
+    whole = host._tuning
 
     def half(qk, pv, BM, BN, BD):
         return whole(qk, pv, BM=BM, BN=BN, BD=BD) | {"BN": BN // 2}
 
-    monkeypatch.setattr(triton_forward, "_tuning", half)
+    monkeypatch.setattr(host, "_tuning", half)
     check(random_plan(13, length_q=70, length_k=150, block_q=32, block_k=64, kind=kind, tables=2))
 
 
@@ -191,13 +192,13 @@ def test_strided_inputs():
     heads_first = v.transpose(1, 2).contiguous().transpose(1, 2)
     dim_first = k.movedim(3, 1).contiguous().movedim(1, 3)
     assert dim_first.stride(-1) != 1
-    check_attention(triton_forward.forward, q, dim_first, heads_first, plan, 0.3)
+    check_attention(host.forward, q, dim_first, heads_first, plan, 0.3)
 
 
 def test_result_is_deterministic():
     plan = random_plan(10, length_q=40, length_k=60, block_q=32, block_k=16).to(DEVICE)
     q, k, v = tensors(plan)
-    runs = [triton_forward.forward(q, k, v, plan, 0.3, True) for _ in range(2)]
+    runs = [host.forward(q, k, v, plan, 0.3, True) for _ in range(2)]
     assert torch.equal(runs[0][0], runs[1][0])
     assert torch.equal(runs[0][1], runs[1][1])
 
@@ -208,7 +209,7 @@ def test_result_is_deterministic():
 def test_unsupported_lists_every_reason():
     plan = random_plan(11, length_q=8, length_k=8, block_q=512, block_k=16)
     q = torch.empty(1, 8, 1, 320, dtype=torch.float64)
-    reasons = triton_forward.unsupported(q, q.half(), q, plan)
+    reasons = host.unsupported(q, q.half(), q, plan)
     assert len(reasons) >= 4
     assert any("float64" in r for r in reasons)
     assert any("320" in r for r in reasons)
@@ -221,12 +222,12 @@ def test_shapes_of_the_planner_fit_fp32_too(arch):
     for dim in (32, 64, 128):
         for shape in tiles._triton_shapes(("cuda" if arch else "cpu", arch), dim, "model"):
             assert max(shape.block_q, shape.block_k) <= 128
-            assert 7 * shape.block_q * dim <= triton_forward._shared_memory(arch)
+            assert 7 * shape.block_q * dim <= shared_memory(arch)
 
 
 def test_supported():
     plan = random_plan(12, length_q=8, length_k=8, block_q=16, block_k=16).to(DEVICE)
-    assert triton_forward.unsupported(*tensors(plan), plan) == []
+    assert host.unsupported(*tensors(plan), plan) == []
 
 
 # Sweeps ------------------------------------------------------------------------------------------
@@ -284,7 +285,7 @@ def test_addresses_beyond_32_bits():
     store = torch.empty(2**31 + 2**20, dtype=torch.bfloat16, device=DEVICE)
     q = store.as_strided((2, 100, 1, 64), (2**31, 64, 64, 1))
     q.copy_(torch.randn(2, 100, 1, 64))
-    out, _ = triton_forward.forward(q, q, q, plan, 0.125, False)
+    out, _ = host.forward(q, q, q, plan, 0.125, False)
     mask = torch.ones(1, 1, 100, 100, dtype=torch.bool, device=DEVICE)
     exact = dense_attention(*[q.double()] * 3, mask, 0.125, accumulate=torch.float64)[0]
     torch.testing.assert_close(out.double(), exact, atol=2e-2, rtol=0)
@@ -329,8 +330,8 @@ def compile_all():
         )
         q = torch.zeros(1, 300, 2, dim, dtype=getattr(torch, dtype))
         with compile_target(backend, arch):
-            grid, arguments, options = triton_forward.launch(q, q, q, q, None, plan, 0.1)
-            kernel = triton_forward.forward_kernel.warmup(*arguments, grid=grid, **options)
+            grid, arguments, options = host.launch(q, q, q, q, None, plan, 0.1)
+            kernel = host.forward_kernel.warmup(*arguments, grid=grid, **options)
             report = kernel_report(kernel)
         names = ("mma.sync", "wgmma.mma_async", "v_mfma")
         found.append(

@@ -6,7 +6,7 @@ How it compiles, which decides about its speed and whether it ends: test_compile
 import pytest
 import torch
 
-from visionfuse.kernels.attention import triton_forward, triton_forward_sm90
+from visionfuse.kernels.attention.triton import host, sm90
 from visionfuse.kernels.plan.compress import compress
 from visionfuse.testing import check_attention, random_plan
 
@@ -23,19 +23,19 @@ def tensors(plan, *, batch=1, heads=2, kv_heads=1, dim=32, dtype=torch.float32):
 @pytest.fixture
 def everything_splits(monkeypatch):
     """The kernel for Hopper takes all whole entries, also where another is faster, and when interpreted."""
-    monkeypatch.setattr(triton_forward_sm90, "WORTH_A_SPLIT", 0)
-    monkeypatch.setattr(triton_forward_sm90, "HEAD_DIMS", (64, 128))
+    monkeypatch.setattr(sm90, "WORTH_A_SPLIT", 0)
+    monkeypatch.setattr(sm90, "HEAD_DIMS", (64, 128))
     if DEVICE == "cpu":
-        monkeypatch.setattr(triton_forward_sm90, "_is_hopper", lambda: True)
-    elif not triton_forward_sm90._is_hopper():
+        monkeypatch.setattr(sm90, "_is_hopper", lambda: True)
+    elif not sm90._is_hopper():
         pytest.skip("needs a Hopper GPU")
 
 
 def check_whole(plan, q, k, v, scale=0.1):
     plan = plan.to(DEVICE)
-    launches = triton_forward.launches(q, k, v, q, None, plan, scale)
-    assert launches[-1][0] is triton_forward_sm90.whole_kernel
-    check_attention(triton_forward.forward, q, k, v, plan, scale)
+    launches = host.launches(q, k, v, q, None, plan, scale)
+    assert launches[-1][0] is sm90.whole_kernel
+    check_attention(host.forward, q, k, v, plan, scale)
     return len(launches)
 
 
@@ -69,7 +69,7 @@ def test_whole_entries_of_strided_inputs(form):
 
 
 def test_matrices_of_tma():
-    as_matrix = triton_forward_sm90._as_matrix
+    as_matrix = sm90._as_matrix
     x = torch.empty(2, 100, 4, 64, dtype=torch.float16)
     assert as_matrix(x) == ([200, 256], (100, 0, 64))
     assert as_matrix(x.transpose(1, 2).contiguous().transpose(1, 2)) == ([800, 64], (400, 100, 0))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from visionfuse import cost_model, tune
+from visionfuse.kernels.order import Order
 from visionfuse.kernels.plan import Neighborhood, TokenLayout, plan_attention, tiles
 from visionfuse.kernels.plan.tiles import BlockShape, Entry, Table
 
@@ -176,6 +177,28 @@ def test_tiles_fit_blocks(padded, short, volume, grid):
     subtile = tune.largest_box(volume // 2, tile)
     assert prod(subtile) <= volume // 2
     assert all(t % s == 0 for t, s in zip(tile, subtile, strict=True))
+
+
+def test_clock_is_that_of_work_not_of_waiting():
+    assert (
+        tune.clock_at_work([(1980, 120), (1700, 690), (1650, 700), (1980, 110), (1680, 650)])
+        == 1680
+    )
+    assert tune.clock_at_work([]) == 0
+
+
+@pytest.mark.parametrize("grid", [(96, 128), (36, 48, 64)])
+def test_blocks_of_192_and_128_are_tuned_in_columns(grid):
+    """Whole entries with windows of whole strides, as no box of 128 keys fits into one of 192 queries."""
+    shape = BlockShape(block_q=192, block_k=128, padded=True)
+    tile, subtile, unit = tune.cut_of(shape, grid, short=False)
+    assert (tile[0], subtile) == (grid[0], None)
+    spec = Neighborhood(window=tuple(3 * n for n in unit), stride=unit)
+    order = Order(kind="tiled", tile=tile)
+    plan = plan_attention(TokenLayout.joint(grids=[grid]), spec, order=order, shape=shape).blocks
+    whole = plan.full.count == 128
+    assert whole.double().mean() > 0.9
+    assert plan.partial.start.numel() < 0.1 * plan.full.start.numel()
 
 
 # -- the command ------------------------------------------------------------------------------------

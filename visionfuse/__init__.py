@@ -28,11 +28,19 @@ if TYPE_CHECKING:  # what __getattr__ returns, for type checkers and editors
         plan_attention,
     )
     from .models.rationalize import rationalize
+    from .neighborhood import (
+        NeighborhoodAttention1D,
+        NeighborhoodAttention2D,
+        NeighborhoodAttention3D,
+        neighborhood_attention,
+    )
     from .patching import disable_visionfuse, enable_visionfuse
     from .recipe import Precision, Recipe
     from .recipes import RECIPES
     from .reporting import Report, report
+    from .sage import sage_attention, sage_attention_varlen
     from .schedule import Schedule
+    from .vision import disable, enable
 
 __version__ = "0.1.0"
 
@@ -40,6 +48,9 @@ _EXPORTS = {
     "AttentionPlan": "kernels.plan",
     "Dense": "kernels.plan",
     "Neighborhood": "kernels.plan",
+    "NeighborhoodAttention1D": "neighborhood",
+    "NeighborhoodAttention2D": "neighborhood",
+    "NeighborhoodAttention3D": "neighborhood",
     "Order": "kernels.order",
     "Precision": "recipe",
     "RECIPES": "recipes",
@@ -49,11 +60,16 @@ _EXPORTS = {
     "Segment": "kernels.plan",
     "TokenLayout": "kernels.plan",
     "block_sparse_attention": "kernels.attention",
+    "disable": "vision",
     "disable_visionfuse": "patching",
+    "enable": "vision",
     "enable_visionfuse": "patching",
+    "neighborhood_attention": "neighborhood",
     "plan_attention": "kernels.plan",
     "rationalize": "models.rationalize",
     "report": "reporting",
+    "sage_attention": "sage",
+    "sage_attention_varlen": "sage",
 }
 
 _MODULES = ("recipes",)
@@ -64,6 +80,9 @@ __all__ = [
     "AttentionPlan",
     "Dense",
     "Neighborhood",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
     "Order",
     "Precision",
     "Recipe",
@@ -73,12 +92,17 @@ __all__ = [
     "TokenLayout",
     "__version__",
     "block_sparse_attention",
+    "disable",
     "disable_visionfuse",
+    "enable",
     "enable_visionfuse",
+    "neighborhood_attention",
     "plan_attention",
     "rationalize",
     "recipes",
     "report",
+    "sage_attention",
+    "sage_attention_varlen",
 ]
 
 

@@ -13,13 +13,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from visionfuse.bench.attention_command import attention
 from visionfuse.bench.command import engine
+from visionfuse.calibrate import calibrate
+from visionfuse.simulate.command import simulate
 from visionfuse.tune import tune
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Faster vision and diffusion transformers.",
     pretty_exceptions_show_locals=False,
 )
 bench = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
@@ -28,6 +30,26 @@ console = Console()
 
 PROMPT = "a large red circle above a small blue square on a white background"
 MICRO = Path(__file__).resolve().parents[1] / "assets" / "flux-micro"
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"visionfuse {version('visionfuse')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    """Faster vision and diffusion transformers."""
 
 
 @contextmanager
@@ -91,8 +113,7 @@ Stride = Annotated[str | None, typer.Option(help="Queries that share a window, e
 Density = Annotated[
     float | None, typer.Option(help="Instead of a window: the share of the grid that a query sees.")
 ]
-
-
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, and run nothing.")]
 Formats = Annotated[
     str | None,
     typer.Option(
@@ -107,7 +128,7 @@ def generate(
     model: Annotated[
         str | None, typer.Argument(help="Folder or Hugging Face name; default: the shipped model.")
     ] = None,
-    prompt: Annotated[str, typer.Argument()] = PROMPT,
+    prompt: Annotated[str, typer.Argument(help="What to draw.")] = PROMPT,
     recipe: Annotated[str, typer.Option(help="Name of a recipe, or its JSON file.")] = "gna",
     option: Annotated[
         list[str] | None,
@@ -125,18 +146,21 @@ def generate(
     width: Annotated[int | None, typer.Option(help="Pixels.", min=16)] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     max_sequence_length: Annotated[int | None, typer.Option(help="Text tokens.", min=1)] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
-    offload: Annotated[bool, typer.Option(help="Keep idle parts in CPU memory.")] = False,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep idle parts in CPU memory.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("out.png"),
     compare: Annotated[
-        bool, typer.Option(help="Stock and accelerated side by side, with figures in JSON beside.")
+        bool,
+        typer.Option("--compare", help="Stock and accelerated, side by side; figures in JSON."),
     ] = False,
     repeats: Annotated[int, typer.Option(help="With --compare: median of so many.", min=1)] = 1,
     dry_run: Annotated[
-        bool, typer.Option(help="Check, and say what would run; read no weights.")
+        bool, typer.Option("--dry-run", help="Check, and say what would run; read no weights.")
     ] = False,
 ) -> None:
     """Generate an image with FLUX, accelerated, or compare it with the stock pipeline."""
@@ -261,7 +285,7 @@ def plan(
     dilation: Annotated[str | None, typer.Option(help="Steps between keys.")] = None,
     density: Density = None,
     impl: Annotated[str, typer.Option(help="For the tiles of this implementation.")] = "blocks",
-    head_dim: Annotated[int, typer.Option(min=8)] = 64,
+    head_dim: Annotated[int, typer.Option(help="Channels of a head.", min=8)] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """How much work a neighbourhood leaves on a grid, and in which tiles it is done."""
@@ -300,6 +324,8 @@ def plan(
     }
     table = Table(box=None, show_header=False)
     for name, value in facts.items():
+        if value is None:  # a column has no sub-tiles
+            continue
         if isinstance(value, tuple):
             value = _times(value)
         elif isinstance(value, float):
@@ -308,130 +334,10 @@ def plan(
     console.print(table)
 
 
-@bench.command("attention")
-def bench_attention(
-    shapes: Annotated[
-        str, typer.Option(help="Names such as flux-2k,wan-720p, or all; --dry-run lists them.")
-    ] = "all",
-    impl: Annotated[
-        str | None,
-        typer.Option(help="Only these beside the baseline, e.g. triton,natten; default: by case."),
-    ] = None,
-    flex: Annotated[
-        bool, typer.Option("--flex", help="FlexAttention too; compiles for 20 s a case.")
-    ] = False,
-    csv: Annotated[
-        Path | None, typer.Option(help="Write rows here, case by case; others that it has stay.")
-    ] = None,
-    repeats: Annotated[
-        int | None,
-        typer.Option(help="Runs of each; default: what fits 0.15 s, on a CPU 0.5 s.", min=1),
-    ] = None,
-    seconds: Annotated[
-        float | None,
-        typer.Option(
-            help="Leave out cases not expected to end by then; default on a GPU: 75, with --flex 540."
-        ),
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what there is.")] = None,
-    commit: Annotated[str, typer.Option(help="For the CSV, where there is no git.")] = "",
-    dry_run: Annotated[bool, typer.Option(help="Say what would run, and run nothing.")] = False,
-) -> None:
-    """Attention by name of shape: speed and error of every implementation, in one run with cuDNN.
-
-    Exit code 1: something failed or was wrong; its row has no time and says why.
-    """
-    with user_errors():
-        from visionfuse.bench import attention as benchmark
-
-        place = _bench_device(device, dry_run)
-        names = [] if shapes == "all" else _names(shapes)
-        cases = benchmark.choose_cases(place, names)
-        if seconds is None and place.type == "cuda":
-            seconds = 540.0 if flex else 75.0
-        settings = benchmark.Settings(
-            device=place, impls=benchmark.check_impls(_names(impl or "")), flex=flex,
-            repeats=repeats, seconds=seconds,
-        )  # fmt: skip
-        if dry_run:
-            _print_bench_plan(cases, settings)
-            return
-        rows = _run_bench(cases, settings, csv, commit)
-    if any(benchmark.went_wrong(row) for row in rows):
-        raise typer.Exit(1)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _bench_device(name: str | None, dry_run: bool):
-    import torch
-
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in (None, "cuda", "cpu"):
-        raise ValueError(f"--device is cuda or cpu, not {name!r}.")
-    if name == "cuda" and here != "cuda" and not dry_run:
-        raise ValueError("--device cuda: there is no GPU here. --dry-run says what would run.")
-    return torch.device(name or here)
-
-
-def _run_bench(cases, settings, csv: Path | None, commit: str) -> list:
-    from visionfuse.bench import attention as benchmark
-    from visionfuse.bench.table import as_text, show_rows, update_csv
-
-    suite = "attention" if settings.device.type == "cuda" else "attention-cpu"
-    rows = []
-    for done, (case, found) in enumerate(benchmark.run(cases, settings, suite=suite), 1):
-        if not found:
-            console.print(f"[{done}/{len(cases)}] {case.name}: left out, --seconds is used up",
-                          markup=False, highlight=False, soft_wrap=True)  # fmt: skip
-        for row in found:
-            text = f"{as_text(row.ms)} ms, error {as_text(row.rel_l1)}" if row.ms else row.note
-            console.print(f"[{done}/{len(cases)}] {case.name}: {row.impl}: {text}",
-                          markup=False, highlight=False, soft_wrap=True)  # fmt: skip
-        results = [row for row in found if benchmark.is_result(row)]
-        if csv and results:
-            update_csv(results, csv, commit=commit)
-        rows += found
-    for name in settings.impls:
-        own = [row for row in rows if row.impl == name]
-        if own and not any(benchmark.is_result(row) for row in own):
-            reasons = "; ".join(dict.fromkeys(row.note for row in own))
-            raise ValueError(f"--impl {name} runs in none of these cases: {reasons}.")
-    show_rows(
-        [row for row in rows if benchmark.is_result(row)],
-        title=f"Attention on {settings.device.type}",
-    )
-    if csv:
-        console.print(f"Rows: {csv}", soft_wrap=True, highlight=False)
-    return rows
-
-
-def _print_bench_plan(cases, settings) -> None:
-    from visionfuse.bench import attention as benchmark
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    total = benchmark.start_seconds(settings.device)
-    itemsize = 2 if settings.device.type == "cuda" else 4
-    for case in cases:
-        shape = f"{case.batch}x{case.layout.length}x{case.heads}x{case.head_dim}"
-        say(
-            f"{case.name}: {shape}, density {case.density:.1%}, "
-            f"{case.tensor_bytes(itemsize) / 1e6:.0f} MB, {case.flops / 1e9:.0f} GFLOP visible of "
-            f"{case.flops / case.density / 1e9:.0f}"
-        )
-        for line in benchmark.expect(case, settings):
-            total += line.seconds
-            does = "; ".join(line.reasons) or f"about {line.ms:.3g} ms, {line.runs} runs"
-            say(f"  {line.impl:<12}{does}")
-    limit = "" if settings.seconds is None else f"; --seconds {settings.seconds:g}"
-    say(f"About {total:.0f} s in all, by guessed speeds{limit}.")
-
-
+bench.command()(attention)
 bench.command()(engine)
+app.command()(calibrate)
+app.command()(simulate)
 app.command()(tune)
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What the attention backend cannot see from q, k and v, and the lock that keeps it consistent.
+"""What routed attention cannot see from q, k and v, and the lock that keeps it consistent.
 
 `ACTIVE` is one plain object of the module, because compiled graphs guard on it and read its tensors
-as inputs: a plan of another resolution or another step reaches a graph without a new graph, and the
-only recompilation is between "no plan" and "a plan".
+as inputs: a plan of another resolution or another step reaches a graph without a new graph. What a
+variant of a recipe runs stands at the same place during a whole run, so that a layer is compiled
+once for every variant it meets, and once for the model's own attention.
 
 One process runs one accelerated pipeline call at a time: the wrapper of `__call__` holds `LOCK`, so
 calls from several threads queue up. A pipeline that is not accelerated is not slowed down by that,
@@ -12,7 +13,8 @@ but must not share its transformer (`from_pipe`) with an accelerated call in ano
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,15 +22,32 @@ if TYPE_CHECKING:
     from .kernels.plan import BlockPlan
 
 
+class Routed(NamedTuple):
+    """What one variant of a recipe runs in this forward.
+
+    plans: one for each token layout that attends in the forward (a UNet has several resolutions), in the
+        order in which the tokens lie; of them the first that fits a call.
+    impl: the attention implementation the plans were made for.
+    precision: the canonical name of the formats it runs in.
+    dense: whether every query sees every key.
+    """
+
+    plans: tuple[BlockPlan, ...]
+    impl: str = "auto"
+    precision: str = "model"
+    dense: bool = False
+
+
 class Active:
     """The forward that runs now.
 
-    plan: of the routed layers, in the order in which the tokens lie; None: nothing is routed.
-    impl: the attention implementation that `plan` was made for.
-    precision: the canonical name of the formats it runs in.
+    variants: what the variants of the recipe run, in its order; None: the model's own attention. Empty
+        where nothing is routed.
+    masked: the plans hide what an attention mask of the call would hide.
     permutation: int64 [S], position -> model index, if the sequence was permuted.
     rope: rotary tables in the order of the tokens, for models that would compute their own.
-    own_backend: the diffusers backend that the model's own attention would use.
+    probe: called with (q, k, v, out, scale, masked) of every routed call, (B, S, H, D) each, after the
+        model's own attention; for calibration, eager only.
     notes: reasons why a routed call went to the model's own attention after all.
     """
 
@@ -36,12 +55,11 @@ class Active:
         self.clear()
 
     def clear(self) -> None:
-        self.plan: BlockPlan | None = None
-        self.impl: str = "auto"
-        self.precision: str = "model"
+        self.variants: tuple[Routed | None, ...] = ()
+        self.masked: bool = False
         self.permutation: Tensor | None = None
         self.rope: tuple[Tensor, ...] | None = None
-        self.own_backend: Any = None
+        self.probe: Callable[..., None] | None = None
         self.notes: dict[str, int] = {}
 
 

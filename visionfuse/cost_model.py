@@ -1,7 +1,9 @@
-"""Fit the costs that the planner counts with (`BlockShape`) to times of real plans, by least squares."""
+"""What a plan costs, in the units that the planner counts with (`BlockShape`), and the fit of these costs
+to times of real plans, by least squares."""
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import replace
 
 import torch
@@ -17,24 +19,54 @@ UNPADDED = ("partial", "gather", "entry", "tile")
 
 def features(plan: BlockPlan, shape: BlockShape) -> dict[str, float]:
     """How much of everything that costs time a plan has, in the units of `BlockShape`."""
+    return {name: float(amount.sum()) for name, amount in tile_features(plan, shape).items()}
+
+
+def tile_features(plan: BlockPlan, shape: BlockShape) -> dict[str, torch.Tensor]:
+    """`features` of every row of the lists, float64 [variants * tiles]."""
     full, partial = plan.full, plan.partial
+    n_full, n_partial = full.offset.diff().double(), partial.offset.diff().double()
+
+    def total(rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(n_full).index_add_(0, rows, values.double())
+
+    once = torch.ones_like(n_full)
     if shape.padded:
         block = plan.block_q * plan.block_k
-        short = int((full.count < plan.block_k).sum())
         return {
-            "pairs": block * (full.start.numel() + partial.start.numel()),
-            "partial": block * partial.start.numel(),
-            "ragged": block * short,
-            "tile": plan.tiles,
+            "pairs": block * (n_full + n_partial),
+            "partial": block * n_partial,
+            "ragged": block * total(full.rows, full.count < plan.block_k),
+            "tile": once,
         }
-    masked = plan.q_count[partial.rows % plan.tiles].long() * partial.count.long()
+    keys, masked = total(full.rows, full.count), total(partial.rows, partial.count)
+    queries = plan.q_count.double().repeat(plan.variants)
     return {
-        "pairs": plan.visited_density * plan.variants * plan.length_q * plan.length_k,
-        "partial": int(masked.sum()),
-        "gather": int(full.count.sum()) + int(partial.count.sum()),
-        "entry": full.start.numel() + partial.start.numel(),
-        "tile": plan.tiles,
+        "pairs": queries * (keys + masked),
+        "partial": queries * masked,
+        "gather": keys + masked,
+        "entry": n_full + n_partial,
+        "tile": once,
     }
+
+
+def row_costs(plan: BlockPlan, shape: BlockShape) -> torch.Tensor:
+    """What every row of the lists costs, in pairs: float64 [variants * tiles]."""
+    amounts = tile_features(plan, shape)
+    return sum(
+        (getattr(shape, n) * x for n, x in amounts.items() if n != "pairs"), amounts["pairs"]
+    )
+
+
+def busiest(costs: torch.Tensor, workers: int) -> float:
+    """The load of the busiest of `workers`, when each item goes to the least loaded one, those above twice
+    the mean first: as the Hopper kernel deals its tiles. costs: [n]."""
+    heavy = torch.where(costs > 2 * costs.mean(), costs, 0)
+    items = costs[heavy.argsort(descending=True, stable=True)].tolist()
+    loads = [0.0] * min(workers, len(items))
+    for cost in items:
+        heapq.heapreplace(loads, loads[0] + cost)
+    return max(loads, default=0.0)
 
 
 PRIOR_WEIGHT = 0.1  # of a sample: an older value stands where the plans do not decide
@@ -76,7 +108,11 @@ def fit(
         found = {"pairs": pair} | {n: pair * getattr(prior, n) for n in known}
     expected = [sum(cost * f[n] for n, cost in found.items()) for f, _ in samples]
     error = max(abs(x / t - 1) for x, (_, t) in zip(expected, samples, strict=True))
-    costs_of_pair = {n: _rounded(found.get(n, 0.0) / found["pairs"]) for n in known}
+    seen = {n for f, _ in samples for n in f if f[n]}
+    costs_of_pair = {
+        n: _rounded(found.get(n, 0.0) / found["pairs"]) if n in seen else getattr(prior, n)
+        for n in known
+    }
     return replace(shape, **costs_of_pair), 1 / found["pairs"], error
 
 

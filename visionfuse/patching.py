@@ -15,7 +15,7 @@ import torch
 
 from .exact import has_faster_kernels
 from .kernels.attention import implementations
-from .kernels.plan import Dense, Neighborhood
+from .kernels.plan import Neighborhood
 from .recipe import Recipe
 from .recipes import build
 from .session import Ran, Session, refusal, refusals
@@ -50,7 +50,7 @@ class Enabled:
     def changes_attention(self) -> bool:
         """False where the model's own attention is the answer: an exact plan in the model's precision, no
         named implementation, and no GPU for which a faster exact kernel is known."""
-        return _changes_numbers(self.recipe, self.impl) or has_faster_kernels()
+        return self.recipe.changes_numbers or self.impl != "auto" or has_faster_kernels()
 
 
 def enable_visionfuse(
@@ -68,7 +68,7 @@ def enable_visionfuse(
     change, where the recipe, an option or the implementation cannot work.
     """
     before = get(pipe)
-    recipe = _resolve(recipe, options)
+    recipe = resolve(recipe, options)
     _check_pipe(pipe, recipe, impl)
     vars(pipe)[_KEY] = Enabled(pipe, recipe, impl)
     if before is not None:
@@ -94,7 +94,7 @@ def get(pipe: Any) -> Enabled | None:
     return vars(pipe).get(_KEY)
 
 
-def _resolve(recipe: str | Recipe, options: dict) -> Recipe:
+def resolve(recipe: str | Recipe, options: dict) -> Recipe:
     if isinstance(recipe, str):
         return build(recipe, **options)
     if not isinstance(recipe, Recipe):
@@ -107,18 +107,18 @@ def _resolve(recipe: str | Recipe, options: dict) -> Recipe:
     return recipe
 
 
-def _changes_numbers(recipe: Recipe, impl: str) -> bool:
-    return not isinstance(recipe.plan, Dense) or impl != "auto" or not recipe.precision.is_model
-
-
-def _check_pipe(pipe: Any, recipe: Recipe, impl: str) -> None:
+def check_implementation(impl: str) -> None:
     if impl != "auto" and impl not in implementations():
         raise ValueError(
             f"Unknown implementation {impl!r}. Choose 'auto' or one of "
             f"{', '.join(implementations())}."
         )
+
+
+def _check_pipe(pipe: Any, recipe: Recipe, impl: str) -> None:
+    check_implementation(impl)
     found = list(denoisers(pipe))
-    if not _changes_numbers(recipe, impl):
+    if not recipe.changes_numbers and impl == "auto":
         return
     if not found:
         models = sorted({type(m).__name__ for m in pipe.components.values()
@@ -135,25 +135,26 @@ def _check_pipe(pipe: Any, recipe: Recipe, impl: str) -> None:
 def _check_denoiser(denoiser: Denoiser, recipe: Recipe, impl: str) -> None:
     """What can be known before the grid is."""
     site, model = denoiser.site, denoiser.model
-    recipe.schedule.layers(len(site.layers(model)))
+    recipe.schedule.check_layers(len(site.layers(model)))
     where = f"{denoiser.name} ({type(model).__name__}) has a grid of {site.grid_axes} axes"
     tile = recipe.order.tile
     if tile is not None and len(tile) != site.grid_axes:
         raise ValueError(f"Order tile={tile} does not fit: {where} ({site.grid_name}).")
-    if isinstance(recipe.plan, Neighborhood):
-        _check_neighborhood(recipe.plan, site.grid_axes, f"{where} ({site.grid_name})")
+    for way in recipe.ways:
+        if isinstance(way.plan, Neighborhood):
+            _check_neighborhood(way.plan, site.grid_axes, f"{where} ({site.grid_name})")
     if impl != "auto":
         devices = {torch.device(p.device) for p in model.parameters()} or {torch.device("cpu")}
         devices = {d for d in devices if d.type != "meta"}
         if torch.cuda.is_available():
             devices.add(torch.device("cuda"))
         dtype = getattr(model, "dtype", torch.float32)
-        reasons = {
-            str(d): refusals(impl, d, dtype, site.head_dim(model), recipe.precision)
-            for d in devices
-        }
-        if reasons and all(reasons.values()):
-            raise ValueError(refusal(impl, reasons, recipe.precision))
+        for precision in {way.precision for way in recipe.ways}:
+            reasons = {
+                str(d): refusals(impl, d, dtype, site.head_dim(model), precision) for d in devices
+            }
+            if reasons and all(reasons.values()):
+                raise ValueError(refusal(impl, reasons, precision))
 
 
 def _check_neighborhood(plan: Neighborhood, axes: int, where: str) -> None:

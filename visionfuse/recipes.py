@@ -140,16 +140,21 @@ def sage(
     smooth_k: bool = True,
     smooth_q: bool = False,
     smooth_v: bool = False,
+    q_scale: str = "token",
+    k_scale: str = "block",
 ) -> Recipe:
     """SageAttention2 (arXiv 2411.10958) as it runs on Hopper: every pair, INT8 queries and keys that lost
     their mean, FP8 weights and values, in every step and layer.
 
-    qk: "int8", "int4" or "fp8"; pv: "fp8" or "model". smooth_q is emulated only. INT4 is multiplied as INT8
-        on Hopper, which has no INT4: it shows the quality of 4 bits and is no faster.
+    qk: "int8", "int4" or "fp8"; pv: "fp8", "fp16" or "model"; the rest as in `Precision`. INT4 is multiplied as
+        INT8 on Hopper, which has no INT4: it shows the quality of 4 bits and is no faster.
     """
     return _every_pair(
-        Precision(qk=qk, pv=pv, smooth_k=smooth_k, smooth_q=smooth_q, smooth_v=smooth_v)
-    )
+        Precision(
+            qk=qk, pv=pv, smooth_k=smooth_k, smooth_q=smooth_q, smooth_v=smooth_v,
+            q_scale=q_scale, k_scale=k_scale,
+        )
+    )  # fmt: skip
 
 
 def _every_pair(precision: Precision) -> Recipe:

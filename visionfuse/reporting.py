@@ -6,26 +6,72 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
+from . import routing
 from .kernels.attention.dispatch import is_emulated
 from .kernels.attention.precision import Precision
 from .kernels.order import Order
 from .kernels.plan import Dense, Neighborhood, TokenLayout
 from .patching import get
-from .recipe import Recipe
-from .session import Ran
+from .recipe import Recipe, Variant
+from .schedule import STOCK, Span
+from .session import Choice, Ran, Way
 from .sites import SITES, Denoiser, denoisers
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenoiserReport:
-    """One denoiser. What depends on the token grid is None until the first call.
+class VariantReport:
+    """One variant of the recipe.
 
-    layers, routed: self-attention layers of the model, and how many of them follow the plan.
-    density, visited_density: share of the (query, key) pairs that the plan shows, and that the
-        kernel multiplies because they lie in visited blocks.
+    density, visited_density: share of the (query, key) pairs that its plan shows, and that the kernel
+        multiplies because they lie in visited blocks. full_share: of these, in blocks without a mask.
+    precision: what it runs in, and how; precision_reasons: why not in the recipe's, if so. caveat: what one
+        should know about it.
+    reason: why the model's own attention runs instead, if so.
+    """
+
+    name: str
+    what: str
+    density: float | None = None
+    visited_density: float | None = None
+    full_share: float | None = None
+    impl: str | None = None
+    impl_reasons: tuple[str, ...] = ()
+    precision: str | None = None
+    precision_reasons: tuple[str, ...] = ()
+    caveat: str = ""
+    reason: str = ""
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        if self.density is not None:
+            yield (
+                "density",
+                (
+                    f"{self.density:.1%} of the pairs visible, {self.visited_density:.1%} visited, "
+                    f"{self.full_share:.0%} of those in blocks without a mask"
+                ),
+            )
+        if self.precision is not None:
+            yield "precision", self.precision
+        if self.caveat:
+            yield "note", self.caveat
+        for reason in self.precision_reasons:
+            yield "precision refused", reason
+        if self.impl is not None:
+            yield "implementation", self.impl
+        for reason in self.impl_reasons:
+            yield "not chosen", reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserReport:
+    """One denoiser. What depends on the token grid is None, or empty, until the first call.
+
+    layers, routed: self-attention layers of the model, and how many of them follow a plan.
+    variants: of the recipe, those that its schedule names. What they have is here too, of the first.
     gain: expected speed-up of self-attention over the whole run, if time follows visited pairs.
-    precision: what the plan runs in, and how; precision_reasons: why not in the recipe's, if so.
-    phases: which steps of the last run were dense and which followed the plan.
+    phases: which steps of the last run were dense and which followed what.
     calls: forwards so far, by kind. notes: reasons for the model's own attention, with counts.
     """
 
@@ -36,17 +82,45 @@ class DenoiserReport:
     others: str
     layout: TokenLayout | None = None
     order: Order | None = None
-    density: float | None = None
-    visited_density: float | None = None
-    full_share: float | None = None
+    variants: tuple[VariantReport, ...] = ()
     gain: float | None = None
-    impl: str | None = None
-    impl_reasons: tuple[str, ...] = ()
-    precision: str | None = None
-    precision_reasons: tuple[str, ...] = ()
     phases: tuple[str, ...] = ()
     calls: dict[str, int] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def _first(self) -> VariantReport:
+        nothing = VariantReport(name="", what="")
+        with_plan = (v for v in self.variants if v.density is not None)
+        return next(with_plan, self.variants[0] if self.variants else nothing)
+
+    @property
+    def density(self) -> float | None:
+        return self._first.density
+
+    @property
+    def visited_density(self) -> float | None:
+        return self._first.visited_density
+
+    @property
+    def full_share(self) -> float | None:
+        return self._first.full_share
+
+    @property
+    def impl(self) -> str | None:
+        return self._first.impl
+
+    @property
+    def impl_reasons(self) -> tuple[str, ...]:
+        return self._first.impl_reasons
+
+    @property
+    def precision(self) -> str | None:
+        return self._first.precision
+
+    @property
+    def precision_reasons(self) -> tuple[str, ...]:
+        return self._first.precision_reasons
 
     def lines(self) -> Iterator[tuple[str, str]]:
         yield "self-attention", f"{self.routed} of {self.layers} layers follow the plan"
@@ -54,29 +128,19 @@ class DenoiserReport:
             yield "tokens", _tokens(self.layout)
         if self.order is not None:
             yield "order", _order(self.order)
-        if self.density is not None:
-            yield (
-                "density",
-                (
-                    f"{self.density:.1%} of the pairs visible, {self.visited_density:.1%} visited, "
-                    f"{self.full_share:.0%} of those in blocks without a mask"
-                ),
-            )
-        if self.phases:
+        for phase in self.phases if len(self.variants) > 1 else ():
+            yield "last run", phase
+        if self.phases and len(self.variants) <= 1:
             yield "last run", ", ".join(self.phases)
         if self.gain is not None:
             yield (
                 "expected",
                 f"{self.gain:.2f}x for self-attention over the run, from visited pairs",
             )
-        if self.precision is not None:
-            yield "precision", self.precision
-        for reason in self.precision_reasons:
-            yield "precision refused", reason
-        if self.impl is not None:
-            yield "implementation", self.impl
-        for reason in self.impl_reasons:
-            yield "not chosen", reason
+        for variant in self.variants:
+            if len(self.variants) > 1:
+                yield variant.name, variant.reason or variant.what
+            yield from variant.lines()
         if any(self.calls.values()):
             counts = ", ".join(f"{n} {kind}" for kind, n in self.calls.items())
             yield "forwards so far", counts
@@ -114,7 +178,12 @@ class Report:
 
 
 def report(pipe: Any) -> Report:
-    """What `enable_visionfuse` does to this pipeline. Grids, densities and gains follow its first call."""
+    """What `enable_visionfuse` does to this pipeline, or `visionfuse.enable` to a model of timm. Grids, densities
+    and gains follow the first call."""
+    if isinstance(pipe, nn.Module):
+        from . import vision
+
+        return vision.report(pipe)
     enabled = get(pipe)
     found = list(denoisers(pipe))
     if enabled is None:
@@ -146,43 +215,66 @@ def report(pipe: Any) -> Report:
 
 def _denoiser(denoiser: Denoiser, recipe: Recipe, ran: Ran) -> DenoiserReport:
     layers = denoiser.site.layers(denoiser.model)
-    dense = set(recipe.schedule.layers(len(layers)))
     notes = dict(ran.notes)
-    fixed = sum(not hasattr(layer.processor, "_attention_backend") for layer in layers)
-    if fixed:
-        notes["layers whose processor chooses no attention backend"] = fixed
-    routed = sum(
-        i not in dense and hasattr(layer.processor, "_attention_backend")
-        for i, layer in enumerate(layers)
-    )
-    plan = ran.plan
-    phases = recipe.schedule.phases(ran.steps) if ran.steps else ()
+    refusals = [routing.refusal(layer.processor) for layer in layers]
+    for reason in filter(None, refusals):
+        notes[reason] = notes.get(reason, 0) + 1
+    # Of every part of a run, what each layer is to do; without a run, of the recipe's phases.
+    spans = recipe.schedule.spans(ran.steps or 1000)
+    asked = [recipe.schedule.by_layer(span, len(layers)) for span in spans]
+    follows = [any(names[i] != STOCK for names in asked) for i in range(len(layers))]
     return DenoiserReport(
         name=denoiser.name,
         model=type(denoiser.model).__name__,
         layers=len(layers),
-        routed=routed,
+        routed=sum(f and not refusal for f, refusal in zip(follows, refusals, strict=True)),
         others=denoiser.site.others,
         layout=ran.layout,
-        order=plan.order if plan else None,
-        density=plan.blocks.density if plan else None,
-        visited_density=plan.blocks.visited_density if plan else None,
-        full_share=plan.blocks.full_share if plan else None,
-        gain=_gain(phases, plan.blocks.visited_density, routed / len(layers)) if plan else None,
-        impl=ran.impl,
-        impl_reasons=tuple(ran.impl_reasons),
-        precision=_precision(recipe, ran),
-        precision_reasons=tuple(ran.precision_reasons),
-        phases=tuple(map(str, phases)),
+        order=ran.plan.order if ran.plan else None,
+        variants=tuple(
+            _variant(way, ran.ways.get(way.name))
+            for way in recipe.ways
+            if way.name in recipe.schedule.names
+        ),
+        gain=_gain(spans, asked, refusals, ran) if ran.plan and ran.steps else None,
+        phases=tuple(map(str, spans)) if ran.steps else (),
         calls=dict(ran.calls),
         notes=notes,
     )
 
 
+def _variant(variant: Variant, way: Way | None) -> VariantReport:
+    what = describe_variant(variant.plan, variant.precision)
+    if way is None:
+        return VariantReport(name=variant.name, what=what)
+    blocks = way.plan.blocks if way.plan else None
+    exact = isinstance(variant.plan, Dense) and way.choice.precision.is_model
+    unused = exact and bool(way.reason)  # its implementation was never to run
+    return VariantReport(
+        name=variant.name,
+        what=what,
+        density=blocks.density if blocks else None,
+        visited_density=blocks.visited_density if blocks else None,
+        full_share=blocks.full_share if blocks else None,
+        impl=None if unused else way.choice.impl,
+        impl_reasons=() if unused else tuple(way.choice.impl_reasons),
+        precision=_precision(variant.precision, way.choice),
+        precision_reasons=tuple(way.choice.precision_reasons),
+        caveat=way.choice.precision.caveat,
+        reason=way.reason,
+    )
+
+
 def describe(recipe: Recipe) -> str:
     """A recipe in words: which pairs, in which formats, when."""
-    formats = "" if recipe.precision.is_model else f", {_formats(recipe.precision)}"
-    return f"{_plan(recipe)}{formats}; {recipe.schedule}"
+    if recipe.schedule.phases:
+        names = [name for name in recipe.schedule.names if name != STOCK]
+        return f"{len(names)} variants ({', '.join(names)}) in {recipe.schedule}"
+    return f"{describe_variant(recipe.plan, recipe.precision)}; {recipe.schedule}"
+
+
+def describe_variant(plan: Dense | Neighborhood, precision: Precision) -> str:
+    return _plan(plan) + ("" if precision.is_model else f", {_formats(precision)}")
 
 
 def _formats(precision: Precision) -> str:
@@ -198,26 +290,34 @@ def _formats(precision: Precision) -> str:
     return f"queries and keys {qk}, weights and values {pv}{less} ({precision})"
 
 
-def _precision(recipe: Recipe, ran: Ran) -> str | None:
-    """In what the plan runs, and whether that is faster; None where there is nothing to tell."""
-    if ran.precision is None or (ran.precision.is_model and recipe.precision.is_model):
-        return None
-    if ran.precision.is_model:
-        return "the model's own"
-    if is_emulated(ran.impl or "blocks", ran.precision):
+def _precision(asked: Precision, choice: Choice) -> str | None:
+    """In what a variant runs, and whether that is faster; None where there is nothing to tell."""
+    if choice.precision.is_model:
+        return None if asked.is_model else "the model's own"
+    if is_emulated(choice.impl, choice.precision):
         return (
-            f"{ran.precision}, emulated: rounded numbers, multiplied in full precision. It shows the quality "
+            f"{choice.precision}, emulated: rounded numbers, multiplied in full precision. It shows the quality "
             "and is slower than the model's own"
         )
-    return f"{ran.precision}, multiplied as such by {ran.impl}"
+    return f"{choice.precision}, multiplied as such by {choice.impl}"
 
 
-def _gain(phases, visited: float, share: float) -> float | None:
-    steps = sum(p.end - p.start for p in phases)
-    if not steps:
-        return None
-    planned = share * sum(p.end - p.start for p in phases if p.kind == "plan") / steps
-    return 1 / (1 - planned + planned * visited)
+def _gain(spans: tuple[Span, ...], asked: list[tuple[str, ...]], refusals, ran: Ran) -> float:
+    """Mean share of the pairs that is visited, over all steps and layers, inverted."""
+    shares = {
+        name: way.plan.blocks.visited_density
+        for name, way in ran.ways.items()
+        if way.plan and not way.reason
+    }
+    visited = steps = 0.0
+    for span, names in zip(spans, asked, strict=True):
+        layers = [
+            1.0 if refusal else shares.get(name, 1.0)
+            for name, refusal in zip(names, refusals, strict=True)
+        ]
+        visited += (span.end - span.start) * sum(layers) / len(layers)
+        steps += span.end - span.start
+    return steps / visited
 
 
 def _tokens(layout: TokenLayout) -> str:
@@ -232,8 +332,7 @@ def _order(order: Order) -> str:
     return f"{order.kind}, {'x'.join(map(str, order.tile))}{inner}"
 
 
-def _plan(recipe: Recipe) -> str:
-    plan = recipe.plan
+def _plan(plan: Dense | Neighborhood) -> str:
     if isinstance(plan, Dense):
         return "every token meets every other"
     assert isinstance(plan, Neighborhood)

@@ -4,8 +4,8 @@ A pipeline that is enabled but not running is untouched. When its `__call__` sta
 
   1. puts a hook around each denoiser, outside of any compiled graph, that reads the token grid from
      the arguments and the step from the scheduler, permutes the tokens, and undoes it on the output;
-  2. while a step follows the plan, names the "visionfuse" backend on the processors of its
-     self-attention layers. Dense steps run the model's own attention, literally.
+  2. routes the attention of every layer to the variant that the schedule names for this step. Layers
+     whose variant is "stock" run the model's own attention, literally.
 
 Processors are looked up anew in every call, because IP-Adapter and others replace them.
 """
@@ -16,41 +16,49 @@ import inspect
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from . import backend
-from .context import ACTIVE, LOCK
+from . import routing
+from .context import ACTIVE, LOCK, Routed
 from .exact import failed_check, faster_kernel
 from .kernels.attention import Precision, select_implementation, unsupported_reasons
 from .kernels.attention.dispatch import is_emulated
 from .kernels.attention.precision import MODEL
+from .kernels.order import Order
 from .kernels.plan import AttentionPlan, Dense, TokenLayout, compress, plan_attention
-from .recipe import Recipe
-from .schedule import Moment, moment
+from .kernels.plan.keys import hide_keys
+from .recipe import Recipe, Variant
+from .schedule import STOCK, Moment, Span, count_steps, moment
 from .sites import Denoiser, Unsupported, denoisers
 
-_MISSING = object()
+ROW = Order(kind="row")
 _RUNNING: list[Session] = []
+
+
+class Way(NamedTuple):
+    """What a variant of the recipe runs here, or why it is the model's own attention. `plan` comes later."""
+
+    choice: Choice
+    reason: str = ""
+    plan: AttentionPlan | None = None
 
 
 @dataclass
 class Ran:
-    """What a denoiser did since the pipeline was enabled, for the report.
-
-    precision: what the plan runs in; another than the recipe's where `precision_reasons` say why.
-    """
+    """What a denoiser did since the pipeline was enabled, for the report. ways: by name of the variant."""
 
     layout: TokenLayout | None = None
-    plan: AttentionPlan | None = None
-    impl: str | None = None
-    impl_reasons: list[str] = field(default_factory=list)
-    precision: Precision | None = None
-    precision_reasons: list[str] = field(default_factory=list)
+    ways: dict[str, Way] = field(default_factory=dict)
     steps: int | None = None
     calls: dict[str, int] = field(default_factory=lambda: {"plan": 0, "dense": 0})
     notes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> AttentionPlan | None:
+        """Of the first variant that has one."""
+        return next((way.plan for way in self.ways.values() if way.plan is not None), None)
 
     def note(self, reason: str) -> None:
         self.notes[reason] = self.notes.get(reason, 0) + 1
@@ -58,6 +66,9 @@ class Ran:
 
 class Session:
     """A context manager around one call of an enabled pipeline. Reentrant for the same pipeline."""
+
+    # What decides for one denoiser; calibration has its own.
+    routing: type[Routing]
 
     def __init__(self, pipe: Any, recipe: Recipe, impl: str, ran: dict[str, Ran]):
         self.pipe, self.recipe, self.impl, self.ran = pipe, recipe, impl, ran
@@ -92,12 +103,13 @@ class Session:
             return
         with ExitStack() as changes:
             changes.callback(ACTIVE.clear)
+            changes.callback(count_steps(getattr(self.pipe, "scheduler", None)))
             self.routings = [
-                Routing(denoiser, self, self.ran.setdefault(denoiser.name, Ran()))
+                self.routing(denoiser, self, self.ran.setdefault(denoiser.name, Ran()))
                 for denoiser in denoisers(self.pipe)
             ]
-            for routing in self.routings:
-                routing.attach(changes)
+            for each in self.routings:
+                each.attach(changes)
             self.changes = changes.pop_all()
 
     def detach(self) -> None:
@@ -106,12 +118,14 @@ class Session:
             changes.close()
 
 
-@dataclass(frozen=True)
-class Decision:
-    """For one forward: `plan` None keeps the tokens as they are; `routed` says whether it applies now."""
+class Decision(NamedTuple):
+    """For one forward. plan: in whose order the tokens lie; None keeps them as they are. variants: what those
+    of the recipe run, at their places. names: of the variant that each layer runs."""
 
-    plan: AttentionPlan | None
-    routed: bool = False
+    plan: AttentionPlan | None = None
+    variants: tuple[Routed | None, ...] = ()
+    names: tuple[str, ...] = ()
+    masked: bool = False
 
 
 class Routing:
@@ -121,23 +135,26 @@ class Routing:
         self.name, self.outer, self.model, self.site = denoiser
         self.session, self.ran = session, ran
         self.recipe = session.recipe
+        scheduled = self.recipe.schedule.names
+        self.used = [way for way in self.recipe.ways if way.name in scheduled]
         self.memo: dict = {}
         self.orders: dict[int, tuple] = {}  # of a plan: (plan, order of the grid, its inverse)
-        layers = self.site.layers(self.model)
-        dense = set(self.recipe.schedule.layers(len(layers)))
-        self.processors = [
-            layer.processor for i, layer in enumerate(layers)
-            if i not in dense and hasattr(layer.processor, "_attention_backend")
-        ]  # fmt: skip
+        self.processors = [layer.processor for layer in self.site.layers(self.model)]
+        self.routable = [not routing.refusal(processor) for processor in self.processors]
         self.parameters = list(inspect.signature(type(self.model).forward).parameters)[1:]
-        self.own: list[Any] = []
+        self.names: tuple[str, ...] = ()
+        self.undo = ExitStack()
         self.inverse: torch.Tensor | None = None
+        self.order = self.recipe.order
+        if why := self.site.row_only(self.model):
+            self.order = ROW
+            if self.recipe.order.kind not in ("auto", "row"):
+                ran.note(why)
 
     def attach(self, changes: ExitStack) -> None:
-        if not self.processors:
+        if not any(self.routable):
             return
-        self.member = backend.install()
-        changes.callback(self.route, False)
+        changes.callback(self.route, ())
         self.site.inside(self.model, changes)
         compiled = getattr(self.outer, "_compiled_call_impl", None)
         if compiled is None:  # plain, or the outside of torch.compile(model)
@@ -163,11 +180,9 @@ class Routing:
         self.inverse = None
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         decision = self.decide(arguments)
-        self.route(decision.routed)
+        self.route(decision.names)
         ACTIVE.notes = self.ran.notes
-        ACTIVE.plan = decision.plan.blocks if decision.plan and decision.routed else None
-        ACTIVE.impl = self.ran.impl or "auto"
-        ACTIVE.precision = str(self.ran.precision or MODEL)
+        ACTIVE.variants, ACTIVE.masked = decision.variants, decision.masked
         ACTIVE.permutation = ACTIVE.rope = None
         if decision.plan is None or decision.plan.permutation is None:
             return args, kwargs
@@ -181,9 +196,9 @@ class Routing:
         return self.site.restore(self.model, output, self.inverse)
 
     def decide(self, arguments: dict) -> Decision:
-        """The plan of this forward. The same for every step of a run, because cached residuals of one
-        step (FirstBlockCache and others) are added in the next."""
-        ran, recipe = self.ran, self.recipe
+        """What this forward runs. Plans and order are the same in every step of a run, because cached
+        residuals of one step (FirstBlockCache and others) are added in the next."""
+        ran, schedule = self.ran, self.recipe.schedule
         if any(getattr(p, "_parallel_config", None) is not None for p in self.processors):
             return self.stock("context parallelism splits the sequence; not supported with a plan")
         layout = self.site.layout(self.model, arguments, self.memo)
@@ -191,67 +206,118 @@ class Routing:
             return self.stock(layout.reason)
         now = self.now()
         ran.layout, ran.steps = layout, now.steps if now else None
-        choice = self.choose(arguments)
-        ran.precision, ran.precision_reasons = choice.precision, choice.precision_reasons
-        impl = self.session.impl
-        if isinstance(recipe.plan, Dense) and impl == "auto" and choice.precision.is_model:
-            impl, reason = self.faster_kernel(layout, arguments)
-            if impl is None:
-                return self.stock(reason)
-            choice = replace(choice, impl=impl, impl_reasons=[])
-        ran.impl, ran.impl_reasons = choice.impl, choice.impl_reasons
-        if now is None and recipe.schedule.first_step(1000) > 0:
+        ran.ways = {way.name: self.way(way, layout, arguments) for way in self.used}
+        if not ran.ways:
+            return self.stock("every phase of the recipe is stock")
+        if all(way.reason for way in ran.ways.values()):
+            return self.stock(next(iter(ran.ways.values())).reason)
+        spans = schedule.spans(now.steps if now else 1000)
+        parts = [span.names for span in spans]
+        if now is None and (len(parts) > 1 or parts == [(STOCK,)]):
             kind = type(getattr(self.session.pipe, "scheduler", None)).__name__
             return self.stock(f"{kind} does not tell the step, which the schedule needs")
-        first = recipe.schedule.first_step(now.steps) if now else 0
-        if now and first >= now.steps:
+        if now and schedule.first_step(now.steps) >= now.steps:
             return self.stock(f"the schedule keeps all of this run's {now.steps} steps dense")
-        plan = self.plan(layout, arguments, choice)
-        ran.plan = plan
-        everything = plan.blocks.visible == layout.length**2 and choice.precision.is_model
-        if not isinstance(recipe.plan, Dense) and everything:
-            return self.stock(
-                "the plan shows every token on this grid; the model's own attention runs"
-            )
-        routed = now is None or now.step >= first
-        ran.calls["plan" if routed else "dense"] += 1
-        return Decision(plan, routed)
+        lead = self.plan_ways(layout, arguments)
+        reasons = list(dict.fromkeys(way.reason for way in ran.ways.values() if way.reason))
+        if all(way.reason for way in ran.ways.values()):
+            return self.stock(reasons[0])
+        for reason in reasons:
+            ran.note(reason)
+        step = now.step if now else 0
+        span = next(span for span in spans if span.start <= step < span.end)
+        return self.decision(span, lead, layout, arguments)
+
+    def decision(
+        self, span: Span, lead: AttentionPlan, layout: TokenLayout, arguments: dict
+    ) -> Decision:
+        """What the layers run in this part of the run."""
+        keys = self.site.keys(self.model, arguments, self.memo)
+        levels = self.site.levels(self.model, layout)
+
+        def routed(variant: Variant) -> Routed | None:
+            way = self.ran.ways.get(variant.name)
+            if way is None or way.reason or way.plan is None:
+                return None
+            coarser = [self.plan(variant, way.choice, level, arguments, ROW) for level in levels]
+            plans = [plan.blocks for plan in (way.plan, *coarser)]
+            if keys is not None:
+                plans = [hide_keys(plan, keys) for plan in plans]
+            dense = isinstance(variant.plan, Dense)
+            return Routed(tuple(plans), way.choice.impl, str(way.choice.precision), dense)
+
+        variants = tuple(map(routed, self.recipe.ways))
+        running = {w.name for w, r in zip(self.recipe.ways, variants, strict=True) if r is not None}
+        asked = self.recipe.schedule.by_layer(span, len(self.processors))
+        names = tuple(
+            name if name in running and routable else STOCK
+            for name, routable in zip(asked, self.routable, strict=True)
+        )
+        self.ran.calls["plan" if running.intersection(names) else "dense"] += 1
+        return Decision(lead, variants, names, keys is not None)
 
     def stock(self, reason: str) -> Decision:
         self.ran.note(reason)
         self.ran.calls["dense"] += 1
-        return Decision(None)
+        return Decision()
 
     def now(self) -> Moment | None:
         return moment(getattr(self.session.pipe, "scheduler", None))
 
-    def faster_kernel(self, layout: TokenLayout, arguments: dict) -> tuple[str | None, str]:
-        """For a recipe that is exact and names no implementation: ours, or None and the reason."""
-        first = self.own[0] if self.own else vars(self.processors[0]).get("_attention_backend")
-        own = backend.own_backend(None if first is _MISSING else first)
-        if own.value != "native":
-            return None, f"the model has an attention backend of its own, {own.value!r}"
+    def way(self, variant: Variant, layout: TokenLayout, arguments: dict) -> Way:
+        """How a variant runs here; what is exact and names no implementation only where that is faster."""
         device, dtype = self.where(arguments)
-        return faster_kernel(device, dtype, self.site.head_dim(self.model), layout.length)
+        head_dim = self.site.head_dim(self.model)
+        choice = choose(self.session.impl, device, dtype, head_dim, variant.precision)
+        exact = isinstance(variant.plan, Dense) and choice.precision.is_model
+        if not exact or self.session.impl != "auto":
+            return Way(choice)
+        own = routing.own_backend(self.processors[self.routable.index(True)])
+        if own != "native":
+            return Way(choice, f"the model has an attention backend of its own, {own!r}")
+        impl, reason = faster_kernel(device, dtype, head_dim, layout.length)
+        if impl is None:
+            return Way(choice, reason)
+        return Way(replace(choice, impl=impl, impl_reasons=[]))
 
     def where(self, arguments: dict) -> tuple[torch.device, torch.dtype]:
         """Where and in which format the attention of this forward runs."""
-        tokens = arguments["hidden_states"]
+        tokens = self.site.tokens(arguments)
         hook = getattr(self.model, "_hf_hook", None)
         return torch.device(getattr(hook, "execution_device", None) or tokens.device), tokens.dtype
 
-    def choose(self, arguments: dict) -> Choice:
-        device, dtype = self.where(arguments)
-        head_dim = self.site.head_dim(self.model)
-        return choose(self.session.impl, device, dtype, head_dim, self.recipe.precision)
+    def plan_ways(self, layout: TokenLayout, arguments: dict) -> AttentionPlan:
+        """Give every way its plan, all for one order of the tokens, and return the plan that has it: that of
+        the first neighborhood that moves tokens. Dense plans hold in any order."""
+        running = [v for v in self.used if not self.ran.ways[v.name].reason]
+        plans: dict[str, AttentionPlan] = {}
+        lead = None
+        for variant in sorted(running, key=lambda v: isinstance(v.plan, Dense)):
+            order = self.order if lead is None else lead.order
+            if lead is not None and isinstance(variant.plan, Dense):
+                order = ROW
+            choice = self.ran.ways[variant.name].choice
+            plan = plans[variant.name] = self.plan(variant, choice, layout, arguments, order)
+            if lead is None and plan.order.kind != "row":
+                lead = plan
+        for variant in running:
+            way, plan = self.ran.ways[variant.name], plans[variant.name]
+            everything = plan.blocks.visible == layout.length**2 and way.choice.precision.is_model
+            reason = ""
+            if not isinstance(variant.plan, Dense) and everything:
+                reason = "the plan shows every token on this grid; the model's own attention runs"
+            self.ran.ways[variant.name] = way._replace(plan=plan, reason=reason)
+        return lead or plans[running[0].name]
 
-    def plan(self, layout: TokenLayout, arguments: dict, choice: Choice) -> AttentionPlan:
+    def plan(
+        self, variant: Variant, choice: Choice, layout: TokenLayout, arguments: dict, order: Order
+    ) -> AttentionPlan:
         # Plans are cached: made in inference mode, they could never meet autograd later.
         with torch.inference_mode(False):
             return plan_attention(
                 layout,
-                self.recipe.plan,
-                order=self.recipe.order,
+                variant.plan,
+                order=order,
                 impl=choice.impl,
                 head_dim=self.site.head_dim(self.model),
                 precision=choice.precision.name,
@@ -259,35 +325,33 @@ class Routing:
             )
 
     def grid_order(self, plan: AttentionPlan) -> tuple[torch.Tensor, torch.Tensor]:
-        """The permutation of the grid tokens alone and its inverse. Text, if any, comes first."""
+        """The permutation of the grid tokens alone, which lie together, and its inverse."""
         assert plan.permutation is not None
         assert plan.inverse is not None
         if id(plan) not in self.orders:
-            text = sum(s.length for s in plan.layout.segments if s.kind != "grid")
+            layout = plan.layout
+            grids = [i for i, s in enumerate(layout.segments) if s.kind == "grid"]
+            first, end = layout.offsets[grids[0]], layout.offsets[grids[-1] + 1]
             self.orders[id(plan)] = (
                 plan,
-                plan.permutation[text:] - text,
-                plan.inverse[text:] - text,
+                plan.permutation[first:end] - first,
+                plan.inverse[first:end] - first,
             )
-        return self.orders[id(plan)][1:]
+        return self.orders[id(plan)][1], self.orders[id(plan)][2]
 
-    def route(self, on: bool) -> None:
-        """Name our backend on the processors, or give each its own back, exactly."""
-        if on == bool(self.own):
+    def route(self, names: tuple[str, ...]) -> None:
+        """Send each layer to the variant of its name; all others run their own attention, exactly."""
+        if names == self.names:
             return
-        if on:
-            self.own = [vars(p).get("_attention_backend", _MISSING) for p in self.processors]
-            first = self.own[0]
-            ACTIVE.own_backend = backend.own_backend(None if first is _MISSING else first)
-            for processor in self.processors:
-                processor._attention_backend = self.member
-        else:
-            for processor, value in zip(self.processors, self.own, strict=True):
-                if value is _MISSING:
-                    del processor._attention_backend
-                else:
-                    processor._attention_backend = value
-            self.own = []
+        self.undo.close()
+        self.names = names
+        place = {way.name: index for index, way in enumerate(self.recipe.ways)}
+        for processor, name in zip(self.processors, names, strict=False):
+            if name != STOCK:
+                self.undo.callback(routing.route(processor, place[name]))
+
+
+Session.routing = Routing
 
 
 @dataclass(frozen=True)

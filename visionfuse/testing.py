@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import tempfile
@@ -16,6 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from .kernels.attention.bias import Bias, BlockBias, RelativeBias
 from .kernels.plan.block_plan import BitMask, BlockPlan, Entries, IntervalMask
 
 # Error budgets -----------------------------------------------------------------------------------
@@ -30,49 +30,25 @@ def plan_mask(plan: BlockPlan, batch: int, heads: int) -> Tensor:
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, *, accumulate: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, *, accumulate: torch.dtype,
+    bias: Tensor | float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Dense masked attention that multiplies in q's dtype and sums in `accumulate`.
 
-    q [B, Sq, H, D], k and v [B, Sk, Hk, D], mask [B, H, Sq, Sk] -> out in q's dtype, lse [B, H, Sq].
+    q [B, Sq, H, D], k and v [B, Sk, Hk, D], mask and bias [B, H, Sq, Sk] -> out in q's dtype, lse [B, H, Sq].
     With accumulate=float64 and inputs in float64 this is the exact result; with 16-bit inputs and
     float32 it is what a careful dense kernel computes: the weights are rounded to q's dtype.
     """
     low, group = q.dtype, q.shape[2] // k.shape[2]
     q, k, v = (x.to(accumulate).transpose(1, 2) for x in (q, k, v))
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
+    scores = (q @ k.mT * scale + bias).masked_fill(~mask, -torch.inf)
     top = scores.amax(-1, keepdim=True)
     top = top.masked_fill(top == -torch.inf, 0.0)
     weights = (scores - top).exp()
     total = weights.sum(-1, keepdim=True)
     out = weights.to(low).to(accumulate) @ v / total.masked_fill(total == 0, 1.0)
     return out.transpose(1, 2).to(low), (top + total.log())[..., 0]
-
-
-class RoundedWeights:
-    """Stands in for an implementation: float64, but for weights that are rounded to e4m3, at 448 times their
-    size as 8-bit kernels hold them. With it `quantize.emulate` has the error that a careful kernel has."""
-
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype  # of the output
-
-    def unsupported(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> list[str]:
-        return []
-
-    def forward(self, q, k, v, plan: BlockPlan, scale: float, return_lse: bool):
-        mask = plan_mask(plan, q.shape[0], q.shape[2])
-        group = q.shape[2] // k.shape[2]
-        q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        scores = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
-        top = scores.amax(-1, keepdim=True)
-        weights = (scores - top.masked_fill(top == -torch.inf, 0.0)).exp() * 448
-        total = weights.sum(-1, keepdim=True)
-        weights = weights.float().to(torch.float8_e4m3fn).double()
-        out = weights @ v / total.masked_fill(total == 0, 1.0)
-        lse = scores.logsumexp(-1).float() if return_lse else None
-        return out.transpose(1, 2).to(self.dtype), lse
 
 
 def assert_within_budget(actual: Tensor, exact: Tensor, low: Tensor, *, what: str = "out") -> None:
@@ -92,16 +68,33 @@ def assert_within_budget(actual: Tensor, exact: Tensor, low: Tensor, *, what: st
     assert worst <= budget, f"{what}: error {worst:.3g}, the budget is {budget:.3g}"
 
 
-def check_attention(forward, q, k, v, plan: BlockPlan, scale: float) -> None:
-    """Compare `forward(q, k, v, plan, scale, return_lse)` with the exact result, NaN in fresh memory."""
+def dense_bias(bias: Bias, plan: BlockPlan) -> Tensor:
+    """What is added to every score, [B or 1, H or 1, Sq, Sk] in fp64; 0 for queries in no tile."""
+    blocks = []
+    for tile, (q0, qn) in enumerate(zip(plan.q_start.tolist(), plan.q_count.tolist(), strict=True)):
+        block = bias.block(tile, slice(q0, q0 + qn), slice(None)).double()
+        blocks.append(block.expand(*block.shape[:2], qn, -1))
+    dense = blocks[0].new_zeros(*blocks[0].shape[:2], plan.length_q, plan.length_k)
+    for block, q0 in zip(blocks, plan.q_start.tolist(), strict=True):
+        dense[:, :, q0 : q0 + block.shape[2]] = block
+    return dense
+
+
+def check_attention(
+    forward, q, k, v, plan: BlockPlan, scale: float, bias: Bias | None = None
+) -> None:
+    """Compare `forward(q, k, v, plan, scale, return_lse[, bias])` with the exact result, NaN in fresh memory."""
     mask = plan_mask(plan, q.shape[0], q.shape[2])
+    added = () if bias is None else (bias,)
+    dense = dense_bias(bias, plan) if bias is not None else 0.0
     exact = dense_attention(
-        q.double(), k.double(), v.double(), mask, scale, accumulate=torch.float64
+        q.double(), k.double(), v.double(), mask, scale, accumulate=torch.float64, bias=dense
     )
-    low = dense_attention(q, k, v, mask, scale, accumulate=torch.float32)
+    dense = dense.float() if isinstance(dense, Tensor) else dense
+    low = dense_attention(q, k, v, mask, scale, accumulate=torch.float32, bias=dense)
     with poisoned_memory():
-        out, lse = forward(q, k, v, plan, scale, True)
-        alone, nothing = forward(q, k, v, plan, scale, False)
+        out, lse = forward(q, k, v, plan, scale, True, *added)
+        alone, nothing = forward(q, k, v, plan, scale, False, *added)
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     assert (lse.shape, lse.dtype) == ((q.shape[0], q.shape[2], q.shape[1]), torch.float32)
     assert_within_budget(out, exact[0], low[0])
@@ -213,6 +206,31 @@ def random_plan(
     return plan.to(device)
 
 
+def random_bias(
+    kind: str,
+    plan: BlockPlan,
+    *,
+    batch: int = 1,
+    heads: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Bias:
+    """A bias that outweighs the scores of random inputs. kind: "relative", where some pairs lie outside the
+    table, or "block"."""
+    g = torch.Generator().manual_seed(0)
+    if kind == "block":
+        rows = torch.randn(batch, heads, plan.tiles, plan.length_k, generator=g)
+        return BlockBias((3 * rows).to(plan.device, dtype))
+    q_index, k_index = (
+        torch.randint(0, 40, (n,), generator=g, dtype=torch.int32)
+        for n in (plan.length_q, plan.length_k)
+    )
+    k_index[::7] = 2**29  # tokens without a position
+    table = 3 * torch.randn(heads, 50, generator=g)
+    return RelativeBias(
+        table.to(plan.device, dtype), q_index.to(plan.device), k_index.to(plan.device)
+    )
+
+
 # Compilation for a GPU that is not there -----------------------------------------------------------
 
 
@@ -259,10 +277,10 @@ def kernel_report(kernel) -> KernelReport:
             spills=None,
             assembly=kernel.asm["amdgcn"],
         )
-    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    ptxas = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
     arch = _found(r"\.target (sm_\w+)", kernel.asm["ptx"])
+    ptxas = get_ptxas(int(_found(r"sm_(\d+)", arch))).path  # newer GPUs have another
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"])

@@ -58,13 +58,13 @@ def flux_transformer(**changes) -> FluxTransformer2DModel:
     """4 layers of 2 heads. Fill takes in_channels=12, out_channels=4."""
     torch.manual_seed(0)
     config = {"in_channels": 4, **FLUX_CONFIG, **changes}
-    return _lively(FluxTransformer2DModel(**config))
+    return lively(FluxTransformer2DModel(**config))
 
 
 def flux_controlnet() -> FluxControlNetModel:
     torch.manual_seed(1)
     config = {**FLUX_CONFIG, "num_layers": 1, "num_single_layers": 1}
-    return _lively(FluxControlNetModel(in_channels=4, **config))
+    return lively(FluxControlNetModel(in_channels=4, **config))
 
 
 def flux_components(**transformer) -> dict:
@@ -110,7 +110,7 @@ def flux_components(**transformer) -> dict:
 
 def flux_pipeline(cls: type = FluxPipeline, *, extra: dict | None = None, **transformer):
     """A FLUX pipeline of any class; `extra` holds components beyond the usual seven."""
-    return _quiet(cls(**flux_components(**transformer), **(extra or {})))
+    return quiet(cls(**flux_components(**transformer), **(extra or {})))
 
 
 def wan_transformer(seed: int = 0, **changes) -> WanTransformer3DModel:
@@ -129,7 +129,7 @@ def wan_transformer(seed: int = 0, **changes) -> WanTransformer3DModel:
         "qk_norm": "rms_norm_across_heads",
         "rope_max_seq_len": 32,
     }
-    return _lively(WanTransformer3DModel(**{**config, **changes}))
+    return lively(WanTransformer3DModel(**{**config, **changes}))
 
 
 def wan_pipeline(
@@ -142,7 +142,7 @@ def wan_pipeline(
     transformer = wan_transformer(**changes)
     torch.manual_seed(2)
     tokenizer = t5_tokenizer()
-    return _quiet(
+    return quiet(
         cls(
             tokenizer=tokenizer,
             text_encoder=UMT5EncoderModel(UMT5Config(**_t5(tokenizer))).eval(),
@@ -171,10 +171,17 @@ def run(pipe, *, steps: int = 3, seed: int = 0, **arguments) -> torch.Tensor:
         defaults |= {"height": 64, "width": 96, "num_frames": 9, "max_sequence_length": 16}
     generator = torch.Generator().manual_seed(seed)
     arguments = {**defaults, **arguments, "generator": generator, "return_dict": False}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # at this size threads mostly wait: 20 times slower on a busy machine
-    try:
+    with single_thread():
         return pipe(num_inference_steps=steps, **arguments)[0]
+
+
+@contextmanager
+def single_thread():
+    """At this size threads mostly wait: 20 times slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -202,7 +209,7 @@ def _t5(tokenizer: T5Tokenizer) -> dict:
     }
 
 
-def _lively(model):
+def lively(model):
     """Random weights of a size at which attention matters and nothing saturates: fresh modulations
     and output projections are so small that a wrong attention would hardly change the output."""
     for name, weight in model.named_parameters():
@@ -213,7 +220,7 @@ def _lively(model):
     return model.eval()
 
 
-def _quiet(pipe):
+def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

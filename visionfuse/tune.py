@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from math import prod
+from math import gcd, lcm, prod
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,7 +52,9 @@ def tune(
     grid: Annotated[
         str | None, typer.Option(help="Token grid of the plans; default: by device.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option(help="Say what would run, and run nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run, and run nothing.")
+    ] = False,
 ) -> None:
     """Measure block shapes on this GPU (or CPU) and keep what is fast: for the planner, once."""
     from visionfuse.cli import console, parse_shape, user_errors
@@ -166,8 +168,25 @@ class Tuner:
         ]
 
     def entry(self, advance) -> Entry:
-        from .cost_model import features, fit
-        from .kernels.plan.tiles import BlockShape, Entry
+        from .bench.clocks import sampled_clocks
+        from .kernels.plan.tiles import Entry
+
+        with sampled_clocks(self.device) as clocks:
+            fitted = self.fitted(advance)
+        best = max(speed for _, speed in fitted)
+        shapes = [replace(s, speed=float(f"{v / best:.3g}")) for s, v in fitted]
+        shapes.sort(
+            key=lambda s: -s.speed
+        )  # the planner takes the first where nothing is to choose
+        return Entry(
+            impl=self.impl, precision=self.precision, head_dim=self.head_dim, shapes=tuple(shapes),
+            pairs_per_ms=float(f"{best:.4g}"), mhz=clock_at_work(clocks),
+        )  # fmt: skip
+
+    def fitted(self, advance) -> list[tuple[BlockShape, float]]:
+        """Every block shape with its costs, and its pairs a millisecond."""
+        from .cost_model import fit
+        from .kernels.plan.tiles import BlockShape
 
         fitted: list[tuple[BlockShape, float]] = []
         for block_q, block_k in SHAPES[self.impl]:
@@ -176,19 +195,29 @@ class Tuner:
             shape = self.fastest_launch(shape, plans)
             samples = []
             for plan in plans.values():
-                samples.append((features(plan.blocks, shape), self.time(plan, shape)))
+                samples.append((self.features(plan, shape), self.time(plan, shape)))
                 advance()
             found, speed, error = fit(samples, shape, self.before(shape))
             self.error = max(self.error, error)
             fitted.append((found, speed))
-        best = max(speed for _, speed in fitted)
-        shapes = [replace(s, speed=float(f"{v / best:.3g}")) for s, v in fitted]
-        shapes.sort(
-            key=lambda s: -s.speed
-        )  # the planner takes the first where nothing is to choose
-        return Entry(
-            impl=self.impl, precision=self.precision, head_dim=self.head_dim, shapes=tuple(shapes)
-        )
+        return fitted
+
+    def features(self, plan: AttentionPlan, shape: BlockShape) -> dict[str, float]:
+        """Of all heads, as if every multiprocessor had as much to do as the busiest."""
+        from .cost_model import busiest, features, row_costs
+
+        heads = self.qkv[0].shape[2]
+        costs = row_costs(plan.blocks, self.before(shape)).repeat(heads)
+        share = busiest(costs, self.sms) * self.sms / float(costs.sum())
+        return {n: heads * share * x for n, x in features(plan.blocks, shape).items()}
+
+    @property
+    def sms(self) -> int:
+        import torch
+
+        if self.device.type != "cuda":
+            return 1
+        return torch.cuda.get_device_properties(self.device).multi_processor_count
 
     def before(self, shape: BlockShape) -> BlockShape:
         """What stands for this shape now, or for the first shape of this implementation."""
@@ -211,14 +240,13 @@ class Tuner:
         options = KINDS[kind]
         if not options:
             return plan_attention(layout, Dense(), shape=shape, device=self.device)
-        tile = tile_of(shape.block_q, self.grid, short=options.get("short", False))
-        subtile = largest_box(shape.block_k, tile)
-        # Windows of an odd number of tiles around a tile end where tiles do.
+        tile, subtile, unit = cut_of(shape, self.grid, short=options.get("short", False))
+        # Windows of an odd number of units around a unit end where units do.
         window = tuple(
             t * min(2 * round(n * options["window"] / t / 2 - 0.5) + 1, (n // t - 1) // 2 * 2 + 1)
-            for n, t in zip(self.grid, tile, strict=True)
+            for n, t in zip(self.grid, unit, strict=True)
         )
-        stride = tile if options["stride"] == "tile" else (1,) * len(tile)
+        stride = unit if options["stride"] == "tile" else (1,) * len(tile)
         spec = Neighborhood(window=window, stride=stride)
         return plan_attention(
             layout, spec, order=Order(kind="tiled", tile=tile, subtile=subtile), shape=shape,
@@ -266,6 +294,30 @@ class Tuner:
         return timing["x"].ms_p20
 
 
+def clock_at_work(samples: list[tuple[float, float]]) -> float:
+    """The median MHz of samples (MHz, W) in which the GPU worked, not waited for a compiler; 0 without any."""
+    from statistics import median
+
+    most = max((watts for _, watts in samples), default=0.0)
+    return median(mhz for mhz, watts in samples if watts >= 0.5 * most) if samples else 0.0
+
+
+def cut_of(
+    shape: BlockShape, grid: tuple[int, ...], *, short: bool
+) -> tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...]]:
+    """(tile, subtile, unit) of an order whose blocks are full, or short; units end where tiles of queries and
+    of keys both do. Columns where no box of keys fits into one of queries: 192 x 128."""
+    if shape.block_q % shape.block_k == 0 or len(grid) == 1:
+        tile = tile_of(shape.block_q, grid, short=short)
+        return tile, largest_box(shape.block_k, tile), tile
+    common = gcd(shape.block_q, shape.block_k)
+    rank = len(grid)
+    most = shape.block_q ** ((rank - 1) / rank)  # a block is about as long as it is wide
+    area = min((d for d in range(1, common + 1) if common % d == 0), key=lambda d: abs(d - most))
+    base = tile_of(area, grid[1:], short=short)
+    return (grid[0], *base), None, (lcm(shape.block_q, shape.block_k) // area, *base)
+
+
 def tile_of(volume: int, grid: tuple[int, ...], *, short: bool) -> tuple[int, ...]:
     """A box of `volume` tokens with sides near each other; short: less, so that blocks are not full."""
     sides: list[int] = []
@@ -306,9 +358,13 @@ def merged(found: list[Entry], path: Path, device: torch.device) -> Table:
             for e in tiles.read_table(path).entries
             if (e.impl, e.precision, e.head_dim) not in new
         ]
+    gpu: dict[str, int] = {"sms": 1}
+    if device.type == "cuda":
+        facts = torch.cuda.get_device_properties(device)
+        gpu = {"sms": facts.multi_processor_count, "capability": 10 * facts.major + facts.minor}
     return tiles.Table(
         gpu=tiles.gpu_name(device), entries=(*found, *kept), torch=torch.__version__, triton=triton,
-        date=datetime.now(UTC).date().isoformat(),
+        date=datetime.now(UTC).date().isoformat(), **gpu,
     )  # fmt: skip
 
 

@@ -7,10 +7,13 @@ from .api import (
     select_implementation,
     unsupported_reasons,
 )
+from .bias import BlockBias, RelativeBias
 from .precision import Precision
 
 __all__ = [
+    "BlockBias",
     "Precision",
+    "RelativeBias",
     "UnsupportedError",
     "block_sparse_attention",
     "implementations",

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..plan.block_plan import BlockPlan
 from . import dispatch
-from .dispatch import IMPLEMENTATIONS, PORTABLE, UnsupportedError
+from .bias import Bias
+from .dispatch import IMPLEMENTATIONS, UnsupportedError
 from .ops import block_sparse_attention_op
 from .precision import MODEL, Precision
 
@@ -26,11 +27,13 @@ __all__ = [
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, scale: float | None = None,
     return_lse: Literal[False] = False, impl: str = "auto", precision: str | Precision = MODEL,
+    bias: Bias | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, scale: float | None = None,
     return_lse: Literal[True], impl: str = "auto", precision: str | Precision = MODEL,
+    bias: Bias | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def block_sparse_attention(
     q: Tensor,
@@ -42,6 +45,7 @@ def block_sparse_attention(
     return_lse: bool = False,
     impl: str = "auto",
     precision: str | Precision = MODEL,
+    bias: Bias | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the pairs that `plan` makes visible.
 
@@ -53,29 +57,33 @@ def block_sparse_attention(
     precision: a `Precision` or its short name ("fp8", "int8_fp8", ...), "model" by default. Kernels that
         multiply codes round the inputs first; where none runs, "blocks" emulates them, which is slow. The
         lse of FP8 weights is that of the rounded ones, up to 1/16 off.
+    bias: a `RelativeBias` or a `BlockBias`, added to the scaled scores.
 
     Returns out (B, S_q, H, D) in q's dtype. Rows that see no key are 0, their lse -inf.
+    Differentiable in q, k, v and the table of a RelativeBias. The gradient is that of exact attention in every
+    precision: where operands are rounded, the backward computes exact out and lse again (straight-through).
     """
     _check(q, k, v, plan)
+    if bias is not None:
+        bias.check(q, k, plan)
     if not torch.compiler.is_compiling():
         precision = Precision.parse(precision)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    added = [] if bias is None else bias.to_tensors()
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *added[:1]))
     if impl != "auto":
         dispatch.require_known(impl)
-    elif training:
-        impl = PORTABLE
-    if training and isinstance(precision, Precision) and not torch.compiler.is_compiling():
-        # `blocks` and others are plain torch: autograd goes through them, not through the opaque op.
-        if impl in dispatch.ON_GPU or not precision.is_model:
-            reasons = unsupported_reasons(impl, q, k, v, plan, precision)
-            reasons.append("it has no backward, and an input requires a gradient")
-            raise UnsupportedError(dispatch.refusal(impl, list(dict.fromkeys(reasons)), precision))
-        out, lse = dispatch.run(impl, q, k, v, plan, scale, return_lse, precision)
-        return (out, lse) if return_lse else out  # pyright: ignore[reportReturnType]
+        if training and not torch.compiler.is_compiling():
+            if impl in dispatch.DIFFERENTIABLE and precision == MODEL:
+                out, lse = dispatch.run(impl, q, k, v, plan, scale, return_lse, MODEL, bias)
+                return (out, lse) if return_lse else out  # pyright: ignore[reportReturnType]
+            if reasons := dispatch.backward_reasons(impl, q, k, v, plan, bias):
+                raise UnsupportedError(dispatch.refusal(impl, reasons, MODEL))
     out, lse = block_sparse_attention_op(
-        q, k, v, plan.to_tensors(), plan.scalars(), scale, impl, return_lse, str(precision)
-    )
+        q, k, v, plan.to_tensors(), plan.scalars(), added, scale, impl,
+        return_lse or (training and str(precision) == str(MODEL) and dispatch.needs_lse(impl, q)),
+        str(precision),
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
@@ -91,9 +99,10 @@ def unsupported_reasons(
     v: Tensor,
     plan: BlockPlan,
     precision: str | Precision = MODEL,
+    bias: Bias | None = None,
 ) -> list[str]:
     """Every reason why `impl` cannot run these inputs; empty if it can."""
-    return dispatch.unsupported_reasons(impl, q, k, v, plan, Precision.parse(precision))
+    return dispatch.unsupported_reasons(impl, q, k, v, plan, Precision.parse(precision), bias)
 
 
 def select_implementation(

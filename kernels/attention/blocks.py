@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..plan.block_plan import BlockPlan
+from .bias import Bias, RelativeBias
 
 # Additive masks are kept between calls while one plan's take less than this.
 MASK_BYTES = 512 << 20
@@ -31,6 +32,12 @@ class _Tile:
     row: int
     index: int
 
+    def keys(self, device: torch.device) -> slice | Tensor:
+        """All visited keys, in the order of the slices."""
+        if len(self.slices) == 1:
+            return self.slices[0]
+        return torch.cat([torch.arange(s.start, s.stop, device=device) for s in self.slices])
+
 
 # A plan's tiles and masks by the tensor that identifies it: a compiled call rebuilds the BlockPlan.
 _tiles: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -44,8 +51,9 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> list[str]:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, return_lse: bool,
+    bias: Bias | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """q (B, S_q, H, D), k and v (B, S_k, H_kv, D) -> out (B, S_q, H, D), lse (B, H, S_q) fp32 or None."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = (
@@ -56,14 +64,81 @@ def forward(
         kv_heads = heads if isinstance(heads, slice) else heads // group
         parts = q[batch, :, heads], k[batch, :, kv_heads], v[batch, :, kv_heads]
         for tile in _plan_tiles(plan, variant):
-            o, e = _attend(*parts, tile, plan, scale, return_lse)
+            added = None
+            if bias is not None and tile.slices:
+                added = _part(bias.block(tile.index, tile.q, tile.keys(q.device)), batch, heads)
+            o, e = _attend(*parts, tile, plan, scale, return_lse, added)
             out[batch, tile.q, heads] = o
             if lse is not None:
-                lse[batch, heads, tile.q] = e
+                lse[batch, heads, tile.q] = e.to(lse.dtype)
     return out, lse
 
 
-def _attend(q, k, v, tile: _Tile, plan: BlockPlan, scale: float, return_lse: bool):
+def backward(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    out: Tensor | None, lse: Tensor | None, plan: BlockPlan, scale: float, bias: Bias | None = None,
+    table_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of q, k, v and of a relative bias' table, a tile at a time, with the formulas of `reference`.
+
+    A tile has all keys that its queries see, so its weights need neither out nor lse. Sums are fp32 or fp64.
+    """
+    exact = torch.promote_types(q.dtype, torch.float32)
+    d_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    d_k, d_v = (torch.zeros(x.shape, dtype=exact, device=x.device) for x in (k, v))
+    d_table = None
+    if table_gradient and isinstance(bias, RelativeBias):
+        d_table = torch.zeros_like(bias.table, dtype=exact)
+    group = q.shape[2] // k.shape[2]
+    kv_head = torch.arange(q.shape[2], device=q.device) // group
+    for variant, batch, heads in _heads_by_variant(plan, q.shape[2]):
+        own = kv_head[heads]
+        for tile in _plan_tiles(plan, variant):
+            if not tile.slices:
+                continue
+            b_q, b_grad = (x[batch, tile.q, heads].transpose(1, 2).to(exact) for x in (q, grad))
+            b_k, b_v = (
+                _gather(x[batch], tile.slices)[:, :, own].transpose(1, 2).to(exact) for x in (k, v)
+            )
+            scores = b_q @ b_k.mT * scale  # [B, H, M, K]
+            if tile.masked:
+                scores = scores + _mask(tile, plan, b_k.shape[2], exact)
+            if bias is not None:
+                block = bias.block(tile.index, tile.q, tile.keys(q.device))
+                scores = scores + _part(block, batch, heads)
+            weights = scores.softmax(-1)
+            if tile.masked == b_k.shape[2]:  # rows that see no key
+                weights = weights.nan_to_num(0.0)
+            d_weights = b_grad @ b_v.mT
+            shift = (weights * d_weights).sum(-1, keepdim=True)
+            if grad_lse is not None:
+                shift = shift - grad_lse[batch, heads, tile.q, None]
+            d_scores = weights * (d_weights - shift)
+            d_q[batch, tile.q, heads] = (scale * d_scores @ b_k).transpose(1, 2).to(q.dtype)
+            _scatter(d_k[batch], tile.slices, own, scale * d_scores.mT @ b_q)
+            _scatter(d_v[batch], tile.slices, own, weights.mT @ b_grad)
+            if d_table is not None:
+                rows = heads if d_table.shape[0] > 1 else slice(None)
+                where = tile.q, tile.keys(q.device)
+                d_table[rows] = bias.gradient(d_table[rows], d_scores, *where)
+    return (
+        d_q,
+        d_k.to(k.dtype),
+        d_v.to(v.dtype),
+        d_table if d_table is None else d_table.to(bias.table.dtype),
+    )
+
+
+def _scatter(total: Tensor, slices: list[slice], heads: Tensor, x: Tensor) -> None:
+    """Add x (B, H, keys, D) to the keys of `slices` of total (B, S, H_kv, D), head h to heads[h]."""
+    sizes = [s.stop - s.start for s in slices]
+    for part, s in zip(x.transpose(1, 2).split(sizes, 1), slices, strict=True):
+        total[:, s].index_add_(2, heads, part)
+
+
+def _attend(
+    q, k, v, tile: _Tile, plan: BlockPlan, scale: float, return_lse: bool, bias: Tensor | None
+):
     """One tile: (B, M, H, D) and its lse (B, H, M)."""
     q = q[:, tile.q].transpose(1, 2)  # (B, H, M, D)
     if not tile.slices:
@@ -79,9 +154,15 @@ def _attend(q, k, v, tile: _Tile, plan: BlockPlan, scale: float, return_lse: boo
         blind = blind[:, None] if bool(blind.any()) else None
         if blind is not None:
             mask = mask.masked_fill(blind, 0.0)
+    if (
+        bias is not None
+    ):  # on a CPU SDPA takes it in fp32; of 16 bits large ones lose the accuracy of scores
+        bias = bias.to(torch.promote_types(q.dtype, torch.float32) if q.is_cpu else q.dtype)
+        mask = bias if mask is None else mask + bias
     lse = None
     if return_lse:
-        scores = (q @ k.mT).float() * scale
+        exact = torch.promote_types(q.dtype, torch.float32)
+        scores = q.to(exact) @ k.to(exact).mT * scale
         scores = scores if mask is None else scores + mask
         lse = scores.logsumexp(-1)
         if blind is not None:
@@ -90,6 +171,12 @@ def _attend(q, k, v, tile: _Tile, plan: BlockPlan, scale: float, return_lse: boo
     if blind is not None:
         out = out.masked_fill(blind, 0.0)
     return out.transpose(1, 2), lse
+
+
+def _part(x: Tensor, batch, heads) -> Tensor:
+    """x (B or 1, H or 1, ...) for some batch entries and heads."""
+    x = x if x.shape[0] == 1 else x[batch]
+    return x if x.shape[1] == 1 else x[:, heads]
 
 
 def _gather(x: Tensor, slices: list[slice]) -> Tensor:

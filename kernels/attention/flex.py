@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..plan.block_plan import BlockPlan, Entries, IntervalMask
+from .bias import Bias, BlockBias
 
 BLOCK = 128  # FlexAttention's own default on every GPU
 # Rows of the table filled at once: 2**26 codes take 0.5 GB before they shrink to a byte.
@@ -46,12 +47,14 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> list[str]:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, return_lse: bool,
+    bias: Bias | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """q (B, S_q, H, D), k and v (B, S_k, H_kv, D) -> out (B, S_q, H, D), lse (B, H, S_q) fp32 or None."""
     batch, _, heads, _ = q.shape
     out, aux = _attention(q.device.type)(
         *(x.transpose(1, 2) for x in (q, k, v)),
+        score_mod=None if bias is None else _score_mod(bias, plan),
         block_mask=block_mask(plan, batch, heads),
         scale=scale,
         enable_gqa=heads != k.shape[2],
@@ -92,15 +95,7 @@ def block_mask(plan: BlockPlan, batch: int, heads: int) -> BlockMask:
 
 
 def _block_mask(plan: BlockPlan, batch: int, heads: int) -> BlockMask:
-    tile = torch.arange(plan.tiles, device=plan.device)
-    owner = torch.zeros(plan.length_q, dtype=torch.int64, device=plan.device)
-    count = plan.q_count.long()
-    within = torch.arange(int(count.sum()), device=plan.device)
-    within -= torch.repeat_interleave(count.cumsum(0) - count, count)
-    owner[torch.repeat_interleave(plan.q_start.long(), count) + within] = torch.repeat_interleave(
-        tile, count
-    )
-    codes = _codes(plan)
+    codes, owner = _codes(plan), _owner(plan)
     some, every = _occupancy(plan, codes, owner)  # [V, query blocks, key blocks]
     if plan.variant is not None:
         chosen = plan.variant.expand(batch, heads).long()
@@ -112,6 +107,40 @@ def _block_mask(plan: BlockPlan, batch: int, heads: int) -> BlockMask:
         mask_mod=_mask_mod(plan, codes, owner, batch, heads),
         seq_lengths=(plan.length_q, plan.length_k),
     )  # fmt: skip
+
+
+def _owner(plan: BlockPlan) -> Tensor:
+    """The tile of every query: int64 [Sq]."""
+    tile = torch.arange(plan.tiles, device=plan.device)
+    owner = torch.zeros(plan.length_q, dtype=torch.int64, device=plan.device)
+    count = plan.q_count.long()
+    within = torch.arange(int(count.sum()), device=plan.device)
+    within -= torch.repeat_interleave(count.cumsum(0) - count, count)
+    owner[torch.repeat_interleave(plan.q_start.long(), count) + within] = torch.repeat_interleave(
+        tile, count
+    )
+    return owner
+
+
+def _score_mod(bias: Bias, plan: BlockPlan) -> Callable:
+    if isinstance(bias, BlockBias):
+        rows, owner = bias.rows, _owner(plan)
+        batches, head_step = rows.shape[0] > 1, rows.shape[1] > 1
+
+        def of_tile(score, b, h, q, k):
+            return score + rows[b * batches, h * head_step, owner[q], k]
+
+        return of_tile
+
+    table, q_index, k_index = bias.table, bias.q_index, bias.k_index
+    columns, heads = table.shape[1], table.shape[0] > 1
+
+    def relative(score, b, h, q, k):
+        index = k_index[k] - q_index[q]
+        inside = (index >= 0) & (index < columns)
+        return score + torch.where(inside, table[h * heads, torch.where(inside, index, 0)], 0.0)
+
+    return relative
 
 
 def _codes(plan: BlockPlan) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..plan.block_plan import BlockPlan, Entries, IntervalMask
+from .bias import Bias, BlockBias
 
 # Slots may take this many times the keys, or this many positions: runs that overlap have slots of their
 # own, and a plan that cuts the keys of every tile anew would need one for every entry.
@@ -33,6 +34,15 @@ class KeySlots:
 
     plan: BlockPlan
     order: Tensor | None
+
+    def bias(self, bias: Bias) -> Bias:
+        """The bias of the same pairs, of keys at their new positions."""
+        if self.order is None:
+            return bias
+        order = self.order.long().clamp(min=0)  # no pair of padding is visible: any number will do
+        if isinstance(bias, BlockBias):
+            return BlockBias(bias.rows[..., order])
+        return replace(bias, k_index=bias.k_index[order])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

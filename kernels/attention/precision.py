@@ -1,20 +1,44 @@
 """Precision: in which number formats queries meet keys (qk) and weights meet values (pv).
 
 >>> Precision.parse("int8_fp8")
-Precision(qk='int8', pv='fp8', smooth_k=True, smooth_q=False, smooth_v=False, q_scale='row', k_scale='block')
+Precision(qk='int8', pv='fp8', smooth_k=True, smooth_q=False, smooth_v=False, q_scale='token', k_scale='block')
 >>> str(Precision(qk="fp8", pv="fp8", smooth_k=False))
 'fp8-smooth_k'
+>>> str(Precision(qk="int4", pv="fp16", smooth_q=True, q_scale="thread", k_scale="thread"))
+'int4_fp16+smooth_q+q_thread+k_thread'
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 QK_FORMATS = ("model", "int8", "fp8", "int4")
-PV_FORMATS = ("model", "fp8")
-SCALES = ("row", "block")
+PV_FORMATS = ("model", "fp8", "fp16")
+
+
+class Groups(NamedTuple):
+    """Tokens of a head that share a scale. tile: neighbouring tokens, None for all; groups: of a tile, which
+    token n joins by (n % 8) // (8 // groups), as the threads of a warp own the rows of a tensor core's tile."""
+
+    tile: int | None
+    groups: int = 1
+
+
+# By name, of queries and of keys. Without a suffix as SageAttention2 does it on Hopper (tiles of 16 queries a
+# warp and 128 keys); "_sm80" as in its paper and on sm_80 and sm_89 (32 queries a warp, 64 keys).
+SCALES: dict[str, tuple[Groups, Groups]] = {
+    "tensor": (Groups(None), Groups(None)),
+    "block": (Groups(128), Groups(128)),
+    "warp": (Groups(16), Groups(128)),
+    "thread": (Groups(16, 8), Groups(128, 4)),
+    "token": (Groups(1), Groups(1)),
+    "block_sm80": (Groups(128), Groups(64)),
+    "warp_sm80": (Groups(32), Groups(64)),
+    "thread_sm80": (Groups(32, 8), Groups(64, 4)),
+}
+
 # The short names that have one word for both formats.
 _SHORT = {("model", "model"): "model", ("fp8", "fp8"): "fp8", ("int8", "model"): "int8",
           ("int4", "model"): "int4"}  # fmt: skip
@@ -30,17 +54,22 @@ class Precision:
 
     qk: of queries and keys. "model" keeps what the model computes in, usually bfloat16; "int8", "fp8"
         (e4m3) and "int4" round queries and keys to it. INT4 is multiplied as INT8 where tensor cores have
-        no INT4 (Hopper): there it costs accuracy and saves no time.
-    pv: of weights and values, "model" or "fp8": values have a scale per channel, weights are at most 1.
+        no INT4 (Hopper): there it costs accuracy and saves no time. `quantize.pack_int4` stores two codes a
+        byte, which saves memory alone.
+    pv: of weights and values. "model"; "fp8" (e4m3): values have a scale per channel, weights are at most 448,
+        and every block of keys is summed from zero and then added in fp32, because tensor cores sum FP8
+        products with 14 bits (two-level accumulation); "fp16": weights have 3 bits more than in bfloat16.
     smooth_k: subtract from the keys their mean over tokens first, which changes no softmax. True by default
         where keys are rounded. Keys of real models have channels far from 0: with one at 15 times their
         deviation the error of FP8 falls by a quarter and that of INT8 by more; it takes 0.4% of the
         time at 16,896 tokens and 4% at 4,608 (H200, dense).
     smooth_q: subtract from the queries the mean of their tile of the plan; its products with the keys are
-        added in the model's format.
+        added in fp32.
     smooth_v: subtract from the values their mean over tokens, and add it to the output.
-    q_scale, k_scale: tokens that share a scale: "row" (every token has its own) or "block", 128 neighbours,
-        of keys those of one entry of the plan where entries are that long.
+    q_scale, k_scale: tokens that share a scale, by the names of `SCALES`: "tensor" (all of a head), "block" (128
+        neighbours), "warp" (16 queries; 128 keys), "thread" (2 queries of 16; 32 keys of 128), "token", and with "_sm80"
+        what SageAttention's paper and its older kernels share: 4 queries of 32, 16 keys of 64 to a thread.
+        Keys are counted within the entries of the plan, where those are long enough.
 
     Source: SageAttention2 (Zhang et al., arXiv 2411.10958, section 3).
     """
@@ -50,7 +79,7 @@ class Precision:
     smooth_k: bool | None = None
     smooth_q: bool = False
     smooth_v: bool = False
-    q_scale: str = "row"
+    q_scale: str = "token"
     k_scale: str = "block"
 
     def __post_init__(self):
@@ -68,7 +97,7 @@ class Precision:
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         changed = [name for name in ("smooth_k", "smooth_q") if getattr(self, name)]
         changed += [f"{name}={getattr(self, name)!r}" for name, default in
-                    (("q_scale", "row"), ("k_scale", "block")) if getattr(self, name) != default]  # fmt: skip
+                    (("q_scale", "token"), ("k_scale", "block")) if getattr(self, name) != default]  # fmt: skip
         if self.qk == "model" and changed:
             raise ValueError(
                 f"{', '.join(changed)} is about rounded queries and keys, which qk='model' has not. "
@@ -89,14 +118,26 @@ class Precision:
         """The short name of the formats alone: "model", "fp8", "int8_fp8", "int8", ..."""
         return _SHORT.get((self.qk, self.pv), f"{self.qk}_{self.pv}")
 
+    @property
+    def caveat(self) -> str:
+        """What a user should know before choosing it; empty if nothing."""
+        if self.qk != "int4":
+            return ""
+        return (
+            "INT4 codes are multiplied as INT8, as GPUs since Hopper have no INT4 units: it shows the quality of 4 bits "
+            "and saves no time"
+        )
+
     def __str__(self) -> str:
         """The short name with what differs from its defaults: "int8_fp8-smooth_k+smooth_q"."""
         plain = Precision(qk=self.qk, pv=self.pv)
         out = self.name
-        for flag, (name, value) in FLAGS.items():
-            ours, default = getattr(self, name), getattr(plain, name)
-            if ours != default and (value is True or ours == value):
-                out += f"{'+' if ours else '-'}{flag}"
+        for name in ("smooth_k", "smooth_q", "smooth_v"):
+            if (ours := getattr(self, name)) != getattr(plain, name):
+                out += f"{'+' if ours else '-'}{name}"
+        for name in ("q_scale", "k_scale"):
+            if (ours := getattr(self, name)) != getattr(plain, name):
+                out += f"+{name[0]}_{ours}"
         return out
 
     @classmethod
@@ -123,11 +164,8 @@ class Precision:
 
 # What may follow a short name: the field it sets, and the value.
 FLAGS: dict[str, tuple[str, bool | str]] = {
-    "smooth_k": ("smooth_k", True),
-    "smooth_q": ("smooth_q", True),
-    "smooth_v": ("smooth_v", True),
-    "q_block": ("q_scale", "block"),
-    "k_row": ("k_scale", "row"),
+    **{name: (name, True) for name in ("smooth_k", "smooth_q", "smooth_v")},
+    **{f"{side}_{scale}": (f"{side}_scale", scale) for side in "qk" for scale in SCALES},
 }
 
 
@@ -139,7 +177,7 @@ def _parse(text: str) -> Precision:
     if name not in NAMES:
         raise ValueError(
             f"Unknown precision {text!r}. Available: {', '.join(map(repr, NAMES))}, each with "
-            f"{', '.join(f'+{flag}' for flag in FLAGS)} or -smooth_k behind it."
+            "+smooth_q, -smooth_k, +q_thread and others behind it."
         )
     qk, pv = NAMES[name]
     options: dict[str, Any] = {}

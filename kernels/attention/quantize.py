@@ -1,150 +1,252 @@
-"""Rounded attention in plain torch: queries, keys and values as an 8-bit kernel reads them, dequantised.
+"""Rounding of queries, keys and values, in plain torch and in float64: codes, scales, and means taken before.
 
-`emulate` rounds the inputs with the prologue's own `reference`, turns the codes back into numbers and gives
-them to an implementation that knows nothing of formats. So the quality of a precision can be judged wherever
-torch runs, and `reference` with a precision is the oracle of the kernels that multiply codes. It costs more
-than exact attention. What it leaves exact are the weights: kernels round those of pv="fp8" to e4m3 too, at
-448 times their size and relative to the running maximum of their row, so that tests add half a step of e4m3
-(1/16) of every weight to their budget.
+The definition of what a `Precision` says, written to be read. `emulation` multiplies what it makes,
+`quantized` has the same done by the prologue's kernels. Rounding is to the nearest code, ties to the even one,
+with the largest magnitude of a group on the largest code (SageAttention2, Zhang et al., arXiv 2411.10958,
+sections 3.1 to 3.3; its Triton kernels round ties away from zero and add 1e-7 to scales).
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..plan.block_plan import BlockPlan
-from . import key_slots as slots
-from .precision import Precision
-from .prologue import FORMATS, Operands, PrologueSpec, dequantized, reference
-
-SCALE_ROWS = 128  # tokens that share a scale of "block"
+from ..plan.runs import cut
+from .precision import SCALES, Groups, Precision
+from .prologue import FORMATS, TINY
 
 
-def prologue_spec(precision: Precision, *, v_layout: str = "tokens") -> PrologueSpec:
-    """What the prologue is asked for; smoothing of queries and values is done around it."""
-    rounded = precision.qk != "model"
-    return PrologueSpec(
-        qk=precision.qk if rounded else "same",
-        q_rows=SCALE_ROWS if precision.q_scale == "block" else 1,
-        k_rows=SCALE_ROWS if rounded and precision.k_scale == "block" else 1,
-        v="same" if precision.pv == "model" else precision.pv,
-        v_layout=v_layout,
-        smooth_k=bool(precision.smooth_k),
-    )
+class Rounded(NamedTuple):
+    """What a kernel multiplies, as numbers: float64.
 
-
-def unsupported_formats(precision: Precision) -> list[str]:
-    """Formats that the prologue does not write."""
-    return [
-        f"the prologue does not write {format!r}"
-        for format in {precision.qk, precision.pv}
-        if format != "model" and format not in FORMATS
-    ]
-
-
-def unsupported(
-    module: ModuleType, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, precision: Precision
-) -> list[str]:
-    """Every reason why `emulate` cannot run with this implementation; empty if it can."""
-    reasons = unsupported_formats(precision)
-    if q.device.type not in ("cpu", "cuda"):
-        reasons.append(f"float8 has not been tried on {q.device.type!r}")
-    if precision.k_scale == "block":
-        reasons += slots.unsupported(plan, slots.slot_width(plan.block_k))
-    return reasons + module.unsupported(q, k, v, plan)
-
-
-def emulate(
-    module: ModuleType,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: BlockPlan,
-    scale: float,
-    return_lse: bool,
-    precision: Precision,
-    *,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor | None]:
-    """`module.forward` of the rounded inputs, computed in `dtype`; arguments and results as there.
-
-    Raises ValueError for NaN and infinities, which would spread over everything that shares their scale.
+    q (B, S_q, H, D) without q_mean, k and v (B, S_k, H_kv, D) without k_mean and v_mean. q_mean (B, tiles, H, D)
+    of the tiles of the plan, k_mean and v_mean (B, 1, H_kv, D); zero where the precision does not smooth.
     """
-    if not all(bool(x.isfinite().all()) for x in (q, k, v)):
-        raise ValueError(
-            f"q, k or v holds NaN or infinities, which precision={str(precision)!r} cannot represent. "
-            "Use precision='model'."
-        )
-    moved = slots.KeySlots(plan, None)
-    if precision.k_scale == "block":
-        moved = slots.key_slots(plan, slots.slot_width(plan.block_k))
-    q, k, v, out_dtype = q.to(dtype), k.to(dtype), v.to(dtype), q.dtype
-    q_mean = tile_mean(q, plan) if precision.smooth_q else torch.zeros((), dtype=dtype)
-    v_mean = v.mean(1, keepdim=True) if precision.smooth_v else torch.zeros((), dtype=dtype)
-    spec = prologue_spec(precision)
-    # Values lose their mean before the prologue, which reads the model's format.
-    smooth_v = (v - v_mean).to(out_dtype).to(dtype)
-    x = reference(q - q_mean, k, smooth_v, spec, key_order=moved.order)
-    rounded_q, rounded_k, rounded_v = (y.to(dtype) for y in dequantized(x, spec))
-    rounded_v = rounded_v + v_mean  # weights of a row add up to 1
-    head_dim = q.shape[-1]
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_mean: Tensor
+    k_mean: Tensor
+    v_mean: Tensor
+
+
+def rounded(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, precision: Precision, key_order: Tensor | None
+) -> Rounded:
+    """The numbers that q (B, S_q, H, D), k and v (B, S_k, H_kv, D) become.
+
+    key_order: int [S'], the key at every position of the slots in which keys share scales, -1 for padding
+    (`key_slots`); then k and v are S' long. Finite inputs make finite numbers, those of float64 excepted.
+    """
+    dtype, zero = q.dtype, torch.zeros((), dtype=torch.float64, device=q.device)
+    q_mean, k_mean, v_mean = zero, zero, zero
     if precision.smooth_q:
-        # q k = (q - q_mean) k + q_mean k, the second product of keys that are not rounded: a head of twice
-        # the size has both.
-        smoothed = reference(q, k, v, PrologueSpec(smooth_k=spec.smooth_k), key_order=moved.order).k
-        rounded_q = torch.cat([rounded_q, q_mean], -1)
-        rounded_k = torch.cat([rounded_k, smoothed], -1)
-        rounded_v = torch.cat([rounded_v, torch.zeros_like(rounded_v)], -1)
-    out, lse = module.forward(rounded_q, rounded_k, rounded_v, moved.plan, scale, return_lse)
-    if lse is not None and x.k_mean is not None:
-        lse = lse + smoothing_shift(q, x.k_mean, scale)
-    return out[..., :head_dim].to(out_dtype).contiguous(), lse
+        q_mean = tile_means(q, plan)
+        q = without_tile_means(q, q_mean, plan)
+    x, y, z = q.double(), k.double(), v.double()
+    if precision.smooth_k:
+        k_mean = y.mean(1, keepdim=True)
+        y = y - k_mean
+    if precision.smooth_v:
+        v_mean = z.mean(1, keepdim=True)
+        z = saturated(z - v_mean, dtype).double()  # the prologue reads the model's format
+    z = _rounded_channels(z, precision.pv)
+    y, z = ordered(y, key_order), ordered(z, key_order)
+    if precision.qk != "model":
+        of_q, of_k = SCALES[precision.q_scale][0], SCALES[precision.k_scale][1]
+        x, y = (
+            dequantized(*quantized_tokens(t, precision.qk, groups), groups)
+            for t, groups in ((x, of_q), (y, of_k))
+        )
+    return Rounded(x, y, z, q_mean.double(), k_mean, v_mean)
+
+
+def group_of(groups: Groups, length: int, device: torch.device) -> Tensor:
+    """The group of every token, int64 [length], counted in the order in which scales are stored."""
+    token = torch.arange(length, device=device)
+    if groups.tile is None:
+        return torch.zeros_like(token)
+    return token // groups.tile * groups.groups + token % 8 // (8 // groups.groups)
+
+
+def quantized_tokens(x: Tensor, format: str, groups: Groups) -> tuple[Tensor, Tensor]:
+    """Codes and scales of x (B, S, H, D), tokens sharing scales by `groups`.
+
+    Codes (B, S, H, D) are int8 ("int8", "int4": -7 .. 7) or float8_e4m3fn; scales (B, H, groups) are above
+    zero and in x's dtype. A group of zeros has codes of zero.
+    """
+    dtype, largest = FORMATS[format]
+    top = x.abs().amax(-1).transpose(1, 2)  # [B, H, S]
+    group = group_of(groups, x.shape[1], x.device)
+    tiles = 1 if groups.tile is None else -(-x.shape[1] // groups.tile)
+    empty = top.new_zeros(*top.shape[:2], tiles * groups.groups)
+    top = empty.scatter_reduce(2, group.expand_as(top), top, "amax")
+    scale = top.clamp(min=TINY) / largest
+    codes = x / _by_token(scale, groups, x.shape[1])
+    return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
+
+
+def dequantized(codes: Tensor, scale: Tensor, groups: Groups) -> Tensor:
+    """The numbers that codes (B, S, H, D) stand for, in the dtype of the scales."""
+    return codes.to(scale.dtype) * _by_token(scale, groups, codes.shape[1])
+
+
+def _by_token(scale: Tensor, groups: Groups, length: int) -> Tensor:
+    """(B, H, groups) -> (B, S, H, 1)."""
+    return scale[..., group_of(groups, length, scale.device)].transpose(1, 2)[..., None]
+
+
+def _rounded_channels(v: Tensor, format: str) -> Tensor:
+    """v (B, S, H, D) through e4m3 with a scale per channel, or through float16."""
+    if format == "model":
+        return v
+    top = v.abs().amax(1, keepdim=True)
+    if format == "fp16":
+        scale = fp16_scale(top)
+        return (v / scale).half().double() * scale
+    scale = top.clamp(min=TINY) / FORMATS[format][1]
+    return (v / scale).to(FORMATS[format][0]).double() * scale
+
+
+def fp16_scale(top: Tensor) -> Tensor:
+    """What values of channels with the maximum `top` are divided by before they become float16: the power of
+    two that brings the maximum to 2^14 .. 2^15, so that neither end of float16 is near."""
+    exponent = torch.frexp(top)[1]
+    return torch.ldexp(torch.ones_like(top), (exponent - 15).clamp(min=-126))
+
+
+def saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in dtype, numbers past its end at its end: finite ones stay finite."""
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype)
+
+
+def ordered(x: Tensor, order: Tensor | None) -> Tensor:
+    """Row i of the result is row order[i] of x (B, S, H, D), and zeros where order[i] is -1."""
+    if order is None:
+        return x
+    return x[:, order.long().clamp(min=0)].masked_fill((order < 0)[None, :, None, None], 0.0)
+
+
+# Means ---------------------------------------------------------------------------------------------
+
+# (tokens of every tile, their weights in its mean, tile of every token), by the tensor that identifies a plan.
+_members: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _tile_members(plan: BlockPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """int64 [tiles, block_q], fp32 [tiles, block_q], int64 [S_q] (`tiles` for tokens in no tile). The first
+    call for a plan waits for the device, once."""
+    if plan.q_start not in _members:
+        with torch.inference_mode(False), torch.no_grad():
+            start, count = plan.q_start.long()[:, None], plan.q_count.long()[:, None]
+            column = torch.arange(plan.block_q, device=plan.device)
+            inside = column < count
+            token = (start + column).clamp(max=plan.length_q - 1)
+            owner = torch.full((plan.length_q,), plan.tiles, device=plan.device)
+            tile = torch.arange(plan.tiles, device=plan.device)[:, None]
+            owner[token[inside]] = tile.expand_as(token)[inside]
+            _members[plan.q_start] = token, inside / count.clamp(min=1), owner
+    return _members[plan.q_start]
+
+
+def tile_means(q: Tensor, plan: BlockPlan) -> Tensor:
+    """The mean of the queries of every tile, (B, tiles, H, D) in q's dtype, for q (B, S_q, H, D). What is added
+    to the scores is its product, so it need not be exact."""
+    token, weight, _ = _tile_members(plan)
+    return saturated(torch.einsum("btmhd,tm->bthd", q[:, token], weight.to(q.dtype)), q.dtype)
+
+
+def without_tile_means(q: Tensor, means: Tensor, plan: BlockPlan) -> Tensor:
+    """q (B, S_q, H, D) less the mean of each token's tile, in q's dtype; tokens in no tile as they are."""
+    means = torch.nn.functional.pad(means, (0, 0, 0, 0, 0, 1))
+    return saturated(q - means[:, _tile_members(plan)[2]], q.dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sequences:
+    """Which sequence the tokens of a packed line belong to, for a mean of the keys of each.
+
+    of_query, of_key: int64 [S_q], [S_k]. token, weight: int64 and fp32 [pieces, 128], what a piece adds to the
+    mean of its sequence; pieces: int64 [sequences], of every sequence.
+    """
+
+    of_query: Tensor
+    of_key: Tensor
+    token: Tensor
+    weight: Tensor
+    pieces: Tensor
+
+    @classmethod
+    def of(cls, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, device: torch.device) -> Sequences:
+        """Of n + 1 increasing numbers from 0 each, int64 on the host."""
+        of_query, of_key = (
+            torch.repeat_interleave(torch.arange(ends.numel() - 1), ends.diff())
+            for ends in (cu_seqlens_q, cu_seqlens_k)
+        )
+        length = cu_seqlens_k.diff()
+        cuts, column = cut(of_key, of_key, 128), torch.arange(128)
+        token = (cuts.start[:, None] + column).clamp(max=of_key.numel() - 1)
+        weight = (column < cuts.count[:, None]) / length[cuts.segment][:, None]
+        pieces = torch.bincount(cuts.segment, minlength=length.numel())
+        return cls(*(x.to(device) for x in (of_query, of_key, token, weight, pieces)))
+
+    def means(self, k: Tensor) -> Tensor:
+        """(B, S_k, H, D) -> (B, sequences, H, D) fp32, 0 of empty ones. Sums have a fixed order."""
+        parts = torch.einsum("bpmhd,pm->pbhd", k[:, self.token].float(), self.weight)
+        means = torch.segment_reduce(parts, "sum", lengths=self.pieces, axis=0, unsafe=True)
+        return saturated(means.transpose(0, 1), torch.float32)
+
+
+def mean_rows(q_mean: Tensor, k: Tensor, scale: float) -> Tensor:
+    """What scores lack after queries lost the mean of their tile: scale * q_mean k.
+
+    q_mean (B, tiles, H, D), k (B, S, H_kv, D) without its mean -> (B, H, tiles, S) in the dtype of k.
+    (SageAttention2, section 3.2, eq. 6, in fp32 as there.)
+    """
+    group = q_mean.shape[2] // k.shape[2]
+    q_mean = (
+        (q_mean.to(k.dtype) * scale).permute(0, 2, 1, 3).unflatten(1, (-1, group))
+    )  # [B, Hk, g, T, D]
+    rows = q_mean.flatten(2, 3) @ k.permute(0, 2, 3, 1)  # [B, Hk, g T, S]
+    return rows.unflatten(2, (group, -1)).flatten(1, 2)
 
 
 def smoothing_shift(q: Tensor, k_mean: Tensor, scale: float) -> Tensor:
-    """What the log-sum-exp lacks after keys lost their mean: scale * (q . k_mean), fp32 [B, H, Sq].
+    """What the log-sum-exp lacks after keys lost their mean: scale * (q . k_mean), [B, H, Sq].
 
-    q [B, Sq, H, D], k_mean [B, Hk, D].
+    q [B, Sq, H, D], k_mean [B, Hk, D] in the dtype of the result.
     """
     mean = k_mean.repeat_interleave(q.shape[2] // k_mean.shape[1], 1)[..., None]  # [B, H, D, 1]
-    return (scale * (q.to(mean.dtype).transpose(1, 2) @ mean))[..., 0].float()
+    return (scale * (q.to(mean.dtype).transpose(1, 2) @ mean))[..., 0]
 
 
-def tile_mean(q: Tensor, plan: BlockPlan) -> Tensor:
-    """The mean of the queries of every token's tile, [B, Sq, H, D]; 0 for tokens in no tile."""
-    tile = torch.repeat_interleave(
-        torch.arange(plan.tiles, device=plan.device), plan.q_count.long()
-    )
-    first = plan.q_count.long().cumsum(0) - plan.q_count
-    token = torch.arange(tile.numel(), device=plan.device) + (plan.q_start - first)[tile]
-    total = q.new_zeros(q.shape[0], plan.tiles, *q.shape[2:]).index_add_(1, tile, q[:, token])
-    mean = total / plan.q_count.clamp(min=1)[:, None, None]
-    return torch.zeros_like(q).index_copy_(1, token, mean[:, tile])
+# Storage -------------------------------------------------------------------------------------------
 
 
-def operand_shapes(q: Tensor, k: Tensor, length_k: int, spec: PrologueSpec) -> Operands:
-    """Operands of the right shapes, dtypes and device, each one element long: what can be asked before any
-    is made."""
-    batch, length_q, heads, dim = q.shape
-    kv_heads = k.shape[2]
+def pack_int4(codes: Tensor) -> Tensor:
+    """Codes -7 .. 7 in int8 [..., D] -> two a byte, uint8 [..., D / 2]: channel 2 j in the low bits of byte j.
 
-    def like(dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.empty(1, dtype=dtype, device=q.device).expand(shape)
+    Half the memory of caches of keys. Tensor cores of Hopper and newer have no INT4, where codes are
+    unpacked and multiplied as INT8: that saves no time.
+    """
+    if codes.dtype != torch.int8 or codes.shape[-1] % 2:
+        raise ValueError(
+            f"pack_int4 takes int8 with an even last dim, got {codes.dtype} {tuple(codes.shape)}."
+        )
+    low, high = (codes & 15).view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    return low | (high << 4)
 
-    code = FORMATS[spec.qk][0] if spec.qk in FORMATS else q.dtype
-    v = (batch, length_k, kv_heads, dim)
-    if spec.v_layout != "tokens":
-        v = (batch, kv_heads, dim, -(-length_k // spec.v_padding) * spec.v_padding)
-    f32, scaled = torch.float32, spec.qk in FORMATS
-    return Operands(
-        q=like(code, batch, length_q, heads, dim),
-        k=like(code, batch, length_k, kv_heads, dim),
-        v=like(FORMATS[spec.v][0] if spec.v in FORMATS else q.dtype, *v),
-        q_scale=like(f32, batch, heads, -(-length_q // spec.q_rows)) if scaled else None,
-        k_scale=like(f32, batch, kv_heads, -(-length_k // spec.k_rows)) if scaled else None,
-        v_scale=like(f32, batch, kv_heads, dim) if spec.v in FORMATS else None,
-        k_mean=like(f32, batch, kv_heads, dim) if spec.smooth_k else None,
-    )
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The inverse of `pack_int4`: uint8 [..., D / 2] -> int8 [..., D]."""
+    if packed.dtype != torch.uint8:
+        raise ValueError(f"unpack_int4 takes uint8, got {packed.dtype}.")
+    codes = torch.stack((packed << 4, packed & 240), -1).view(torch.int8)
+    return (codes >> 4).flatten(-2)  # an arithmetic shift keeps the sign

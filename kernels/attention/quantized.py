@@ -1,12 +1,12 @@
 """Rounded attention on kernels that multiply codes: one pass of the prologue, one kernel.
 
 An implementation joins by two functions, `unsupported(operands, plan)` and `forward(operands, plan, scale,
-return_lse)`, and by the width of its key slots. Nothing waits for the GPU after the first call for a plan,
+return_lse, bias)`, and by the width of its key slots. Nothing waits for the GPU after the first call for a plan,
 so that calls can be captured in CUDA graphs.
 
 A NaN or an infinity makes the scale of all that share it NaN or infinite, hence every product with them NaN:
 128 keys, one query or a channel of values, and with smoothing all keys of a head. Finding them would wait for
-the GPU in every call.
+the GPU in every call. Finite numbers up to 2^60 stay finite (float16 ends before), those below 2^-100 become 0.
 """
 
 from __future__ import annotations
@@ -23,14 +23,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..plan.block_plan import BlockPlan
 from . import key_slots as slots
 from . import prologue as fused
-from .precision import Precision
-from .quantize import (
-    SCALE_ROWS,
-    operand_shapes,
-    prologue_spec,
-    smoothing_shift,
-    unsupported_formats,
-)
+from . import quantize
+from .bias import Bias, BlockBias
+from .precision import SCALES, Groups, Precision
+from .prologue import FORMATS, Operands, PrologueSpec
+
+SCALE_ROWS = 128  # keys that share a scale of "block"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +45,8 @@ class Native:
 
 
 NATIVE = {
-    "gluon_sm90": Native("gluon_sm90_8bit", "forward", "unsupported", width=SCALE_ROWS),
-    "triton": Native("triton_forward", "forward_quantized", "unsupported_quantized"),
+    "gluon_sm90": Native("gluon_sm90.eight_bit", "forward", "unsupported", width=SCALE_ROWS),
+    "triton": Native("triton", "forward_quantized", "unsupported_quantized"),
 }
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -58,46 +56,59 @@ _answers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def unsupported(
-    impl: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, precision: Precision
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    precision: Precision,
+    bias: Bias | None = None,
 ) -> list[str]:
     """Every reason why `forward` cannot run; empty if it can."""
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    question = (impl, precision, q.shape, k.shape, q.dtype, q.device, training)
+    question = (impl, precision, q.shape, k.shape, q.dtype, q.device, training, type(bias))
     lists = plan.full.start, plan.partial.start
     answers: dict = _answers.setdefault(plan.full.offset, {})  # pyright: ignore
     known = answers.get(question)
     if known is None or any(a is not b for a, b in zip(known[0], lists, strict=True)):
-        answers[question] = known = lists, _reasons(NATIVE[impl], q, k, v, plan, precision)
+        reasons = _reasons(NATIVE[impl], q, k, v, plan, precision, bias)
+        answers[question] = known = lists, reasons
     return known[1].copy()
 
 
 def _reasons(
-    native: Native, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, precision: Precision
-) -> list[str]:
+    native: Native, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, precision: Precision,
+    bias: Bias | None,
+) -> list[str]:  # fmt: skip
     try:
         module = native.load()
     except ImportError as error:
         return [f"it does not import here: {error}"]
-    reasons = [
-        f"{what} is emulated only, by 'blocks', 'flex' and 'reference'"
-        for what, asked in {
-            "qk='model' with rounded values": precision.qk == "model",
-            "smoothing of queries": precision.smooth_q,
-            "a scale for blocks of queries": precision.q_scale == "block",
-        }.items()
-        if asked
-    ]
+    reasons = []
+    if precision.qk == "model":
+        reasons.append("qk='model' with rounded values is emulated only")
+    for name, groups in _groups(precision).items():
+        if groups.tile is None or groups.groups > 1:
+            reasons.append(
+                f"{name}={getattr(precision, name)!r} is emulated only: the prologue writes scales of 1 to "
+                f"{fused.MAX_ROWS} neighbours"
+            )
+        elif name == "k_scale" and groups.tile not in (1, SCALE_ROWS):
+            reasons.append(f"k_scale={precision.k_scale!r} is emulated only: kernels take blocks of "
+                           f"{SCALE_ROWS} keys")  # fmt: skip
     if not hasattr(module, native.forward):
         reasons.append("it has no forward for rounded operands")
+    if precision.smooth_q and bias is not None and not isinstance(bias, BlockBias):
+        reasons.append("smoothing of queries beside another bias than BlockBias is emulated only")
     if q.dtype not in _DTYPES:
         reasons.append(f"dtype must be bfloat16, float16 or float32, got {q.dtype}")
-    reasons += unsupported_formats(precision) + slots.unsupported(plan, _width(native, plan))
+    reasons += slots.unsupported(plan, _width(native, plan, precision))
     if reasons:
         return reasons
     spec = _spec(native, precision)
     reasons += fused.unsupported(q, k, v, spec)
-    moved = slots.key_slots(plan, _width(native, plan))
-    shapes = operand_shapes(q, k, moved.plan.length_k, spec)
+    moved = slots.key_slots(plan, _width(native, plan, precision))
+    shapes = _operand_shapes(q, k, moved.plan.length_k, spec, precision)
     found = _function(module, native.unsupported)(shapes, moved.plan)
     return list(dict.fromkeys(reasons + found))
 
@@ -111,39 +122,109 @@ def forward(
     scale: float,
     return_lse: bool,
     precision: Precision,
+    bias: Bias | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """q (B, S_q, H, D), k and v (B, S_k, H_kv, D) -> out (B, S_q, H, D) in q's dtype, lse (B, H, S_q) fp32."""
     native = NATIVE[impl]
     module = native.load()
     if scale <= 0:  # kernels take the running maximum before scaling, which needs a positive scale
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
+    given_q, dtype = q, q.dtype
     v_mean = None
     if precision.smooth_v:
-        v_mean = v.float().mean(1)  # [B, Hk, D]
-        v = (v - v_mean[:, None]).to(v.dtype)
-    moved = slots.key_slots(plan, _width(native, plan))
-    x = fused.prologue(q, k, v, _spec(native, precision), key_order=moved.order)
+        parts = v.float() / v.shape[1]  # their sum has no need to pass the largest number
+        v_mean = quantize.saturated(parts.sum(1, keepdim=True), torch.float32)  # [B, 1, Hk, D]
+        v = quantize.saturated(v - v_mean, dtype)
+    if precision.smooth_q:
+        q_mean = quantize.tile_means(q, plan)
+        q = quantize.without_tile_means(q, q_mean, plan)
+    moved = slots.key_slots(plan, _width(native, plan, precision))
+    spec = _spec(native, precision)
+    x = fused.prologue(q, k, v, spec, key_order=moved.order)
+    if x.q_scale is not None and spec.q_rows > 1:  # kernels read a scale for every query
+        q_scale = x.q_scale.repeat_interleave(spec.q_rows, 2)[..., : q.shape[1]]
+        x = x._replace(q_scale=q_scale)
+    v_scale = None
+    if precision.pv == "fp16" and dtype != torch.float16:
+        v_scale = quantize.fp16_scale(v.abs().amax(1, keepdim=True).float())
+        x = x._replace(v=(x.v / v_scale).half())
+    if precision.smooth_q:
+        keys = k.float() if x.k_mean is None else k - x.k_mean[:, None]
+        rows = quantize.mean_rows(_bounded(q_mean.float()), _bounded(keys), scale)
+        bias = BlockBias(rows + bias.rows if isinstance(bias, BlockBias) else rows)
+    moved_bias = None if bias is None else moved.bias(bias)
     with_lse = return_lse or v_mean is not None
-    out, lse = _function(module, native.forward)(x, moved.plan, scale, with_lse)
+    out, lse = _function(module, native.forward)(x, moved.plan, scale, with_lse, moved_bias)
+    group = q.shape[2] // k.shape[2]
+    if v_scale is not None:
+        out = out * v_scale.repeat_interleave(group, 2)
     if v_mean is not None:
         seen = (lse != -torch.inf).transpose(1, 2)[..., None]  # rows that see no key stay 0
-        mean = v_mean.repeat_interleave(q.shape[2] // k.shape[2], 1)[:, None]
-        out = out + torch.where(seen, mean, 0.0)
+        out = out + torch.where(seen, v_mean.repeat_interleave(group, 2), 0.0)
     if return_lse and x.k_mean is not None:
-        lse = lse + smoothing_shift(q, x.k_mean, scale)
-    return out.to(q.dtype), lse if return_lse else None
+        shifted = lse + quantize.smoothing_shift(given_q, x.k_mean, scale)
+        lse = torch.where(lse == -torch.inf, lse, shifted)  # huge numbers may shift by infinity
+    return out.to(dtype), lse if return_lse else None
 
 
-def _width(native: Native, plan: BlockPlan) -> int:
-    return native.width or slots.slot_width(plan.block_k)
+def _bounded(x: Tensor) -> Tensor:
+    """Finite numbers that products of may be summed in fp32."""
+    return x.clamp(-(2.0**50), 2.0**50)
 
 
-def _spec(native: Native, precision: Precision) -> fused.PrologueSpec:
-    """Values in 16 bits stay tokens; in 8 bits they are transposed, as the kernel's registers want them."""
+def _groups(precision: Precision) -> dict[str, Groups]:
+    """By field of a Precision, tokens that share a scale; none where queries and keys are not rounded."""
+    if precision.qk == "model":
+        return {}
+    return {"q_scale": SCALES[precision.q_scale][0], "k_scale": SCALES[precision.k_scale][1]}
+
+
+def _width(native: Native, plan: BlockPlan, precision: Precision) -> int:
+    """Keys with scales of their own may lie as close as their entries allow."""
+    if native.width is None or SCALES[precision.k_scale][1].tile == 1:
+        return slots.slot_width(plan.block_k)
+    return native.width
+
+
+def _spec(native: Native, precision: Precision) -> PrologueSpec:
+    """What the prologue is asked for; smoothing of queries and values is done around it. Values in 16 bits
+    stay tokens; in 8 bits they are transposed, as the kernel's registers want them."""
     layout = getattr(native.load(), "QUANTIZED_V_LAYOUT", "channels16")
-    if precision.pv == "model":
-        layout = "tokens"
-    return prologue_spec(precision, v_layout=layout)
+    return PrologueSpec(
+        qk=precision.qk,
+        q_rows=SCALES[precision.q_scale][0].tile or 1,
+        k_rows=SCALES[precision.k_scale][1].tile or 1,
+        v="fp8" if precision.pv == "fp8" else "same",
+        v_layout=layout if precision.pv == "fp8" else "tokens",
+        smooth_k=bool(precision.smooth_k),
+    )
+
+
+def _operand_shapes(
+    q: Tensor, k: Tensor, length_k: int, spec: PrologueSpec, precision: Precision
+) -> Operands:
+    """Operands of the right shapes, dtypes and device, each one element long: what can be asked before any
+    is made."""
+    batch, length_q, heads, dim = q.shape
+    kv_heads = k.shape[2]
+
+    def like(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(1, dtype=dtype, device=q.device).expand(shape)
+
+    values = torch.float16 if precision.pv == "fp16" else q.dtype
+    v = (batch, length_k, kv_heads, dim)
+    if spec.v_layout != "tokens":
+        v = (batch, kv_heads, dim, -(-length_k // spec.v_padding) * spec.v_padding)
+    code, f32 = FORMATS[spec.qk][0], torch.float32
+    return Operands(
+        q=like(code, batch, length_q, heads, dim),
+        k=like(code, batch, length_k, kv_heads, dim),
+        v=like(FORMATS[spec.v][0] if spec.v in FORMATS else values, *v),
+        q_scale=like(f32, batch, heads, length_q),
+        k_scale=like(f32, batch, kv_heads, -(-length_k // spec.k_rows)),
+        v_scale=like(f32, batch, kv_heads, dim) if spec.v in FORMATS else None,
+        k_mean=like(f32, batch, kv_heads, dim) if spec.smooth_k else None,
+    )
 
 
 def _function(module: ModuleType, name: str) -> Callable:

@@ -73,21 +73,30 @@ def grid_coordinates(grid: tuple[int, ...], device=None) -> Tensor:
 
 
 def order_grid(
-    grid: tuple[int, ...], order: Order, *, dilation: tuple[int, ...] | None = None, device=None
+    grid: tuple[int, ...],
+    order: Order,
+    *,
+    dilation: tuple[int, ...] | None = None,
+    offset: tuple[int, ...] | None = None,
+    along: int = -1,
+    device=None,
 ) -> OrderedGrid:
     """Put the tokens of `grid` into `order`.
 
     With `dilation`, tokens of one residue class (coordinate modulo dilation) come together first,
     because they only ever meet each other; tiles then count in steps of the dilation.
+    offset: how much of the first tile lies outside the grid, per axis.
+    along: the axis on which the next tile of the line lies, the last one by default.
     """
     coords = grid_coordinates(grid, device)
     dilation = dilation or (1,) * len(grid)
+    offset = offset or (0,) * len(grid)
     classes, steps, sizes = [], [], []
-    for x, n, d in zip(coords, grid, dilation, strict=True):
+    for x, n, d, o in zip(coords, grid, dilation, offset, strict=True):
         if d > 1:
             classes.append((x % d, d))
-        steps.append(x // d)
-        sizes.append(-(-n // d))
+        steps.append(x // d + o)
+        sizes.append(-(-n // d) + o)
 
     if order.kind == "auto":
         raise ValueError("Order 'auto' has no permutation of its own; ask the planner for a plan.")
@@ -100,6 +109,7 @@ def order_grid(
                 f"got tile={order.tile}."
             )
         tiles = [(x // t, -(-n // t)) for x, n, t in zip(steps, sizes, order.tile, strict=True)]
+        tiles.append(tiles.pop(along))
         inside = [x % t for x, t in zip(steps, order.tile, strict=True)]
         if order.kind == "hilbert":
             bits = max(max(order.tile) - 1, 1).bit_length()

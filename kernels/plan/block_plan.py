@@ -40,6 +40,19 @@ class Entries:
             output_size=self.start.numel(),
         )
 
+    @classmethod
+    def joined(cls, parts: list[Entries]) -> Entries:
+        """The rows of all parts, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        before = torch.tensor([0, *(part.start.numel() for part in parts)]).cumsum(0).tolist()
+        offset = [part.offset[:-1] + n for part, n in zip(parts, before, strict=False)]
+        return cls(
+            offset=torch.cat([*offset, parts[-1].offset[-1:] + before[-2]]),
+            start=torch.cat([part.start for part in parts]),
+            count=torch.cat([part.count for part in parts]),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class IntervalMask:

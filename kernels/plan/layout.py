@@ -12,10 +12,14 @@ SegmentKind = Literal["text", "grid", "guidance", "register"]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of tokens of one kind. `shape` is (n,) for text and registers, (T, H, W), (H, W) or (L,) for grids."""
+    """A run of tokens of one kind. `shape` is (n,) for text and registers, (T, H, W), (H, W) or (L,) for grids.
+
+    keys_only: tokens that are attended to and do not attend; such segments end a layout.
+    """
 
     kind: SegmentKind
     shape: tuple[int, ...]
+    keys_only: bool = False
 
     def __post_init__(self):
         if not self.shape or any(n < 1 for n in self.shape):
@@ -40,6 +44,11 @@ class TokenLayout:
 
     segments: tuple[Segment, ...]
 
+    def __post_init__(self):
+        kept = [s.keys_only for s in self.segments]
+        if kept != sorted(kept):
+            raise ValueError(f"Segments of keys only must end a layout, got {self.segments}.")
+
     @classmethod
     def joint(cls, *, text: int = 0, grids: list[tuple[int, ...]], text_first: bool = True):
         """Text and one or more grids, as the joint attention of FLUX (text first) or Wan (no text) sees them."""
@@ -50,6 +59,11 @@ class TokenLayout:
     @property
     def length(self) -> int:
         return sum(s.length for s in self.segments)
+
+    @property
+    def queries(self) -> int:
+        """Number of tokens that attend: the first of the sequence."""
+        return sum(s.length for s in self.segments if not s.keys_only)
 
     @property
     def offsets(self) -> tuple[int, ...]:

@@ -56,13 +56,17 @@ def block_shapes(
     *,
     precision: str = "model",
     device: torch.device | str = "cpu",
+    gpu: str | None = None,
+    target: tuple[str, int] | None = None,
 ) -> tuple[BlockShape, ...]:
     """The block shapes an implementation is fast with; the planner takes the one of least work.
 
-    precision: "model" (16 bits and wider), "fp8", "int8_fp8" or another name of `Precision`. device: where the plan will be used; what a
-    table says of its GPU comes before the defaults.
+    precision: "model" (16 bits and wider), "fp8", "int8_fp8" or another name of `Precision`. device: where
+    the plan will be used; what a table says of its GPU comes before the defaults. gpu, target: instead of
+    what is here, a GPU's name and ("cuda", compute capability).
     """
-    return _found(impl, head_dim, precision, gpu_name(torch.device(device)))
+    name = gpu or gpu_name(torch.device(device))
+    return _found(impl, head_dim, precision, name, target or _target())
 
 
 def launch_options(
@@ -76,7 +80,9 @@ def launch_options(
     return {}
 
 
-def _defaults(impl: str, head_dim: int, precision: str) -> tuple[BlockShape, ...]:
+def _defaults(
+    impl: str, head_dim: int, precision: str, target: tuple[str, int]
+) -> tuple[BlockShape, ...]:
     if impl in ("blocks", "reference"):
         # Measured on two AVX-512 cores, head dim 64: copying a key and a value takes as long as 25
         # pairs, an entry 100, a call of SDPA 5,000; a kept mask adds a tenth.
@@ -87,14 +93,28 @@ def _defaults(impl: str, head_dim: int, precision: str) -> tuple[BlockShape, ...
         )
     if impl == "flex":
         return (BlockShape(block_q=128, block_k=128, padded=True, partial=0.5, tile=4096),)
-    if impl in ("gluon_sm90", "gluon_sm90_8bit"):
-        # As assets/bench/engine.csv was measured (H200, head dim 128). By its rows two warpgroups have 0.88 of
-        # the speed of three on whole blocks, 0.79 in 8 bits; half of the blocks masked cost two of them 6%.
-        two = BlockShape(block_q=128, block_k=128, padded=True, speed=0.9, partial=0.35, ragged=0.25,
-                         tile=24576)  # fmt: skip
-        three = replace(two, block_q=192, speed=1.0)
-        return (three, two) if head_dim <= 128 else (two,)
-    return _triton_shapes(_target(), head_dim, precision)
+    if impl == "gluon_sm90":
+        return _gluon_shapes(head_dim, precision)
+    return _triton_shapes(target, head_dim, precision)
+
+
+def _gluon_shapes(head_dim: int, precision: str) -> tuple[BlockShape, ...]:
+    """Fitted to assets/bench/engine.csv (H200, head dim 128) with `visionfuse simulate --measured`.
+
+    Two warpgroups, then three. Masked and short blocks were timed with two alone and are taken to cost three
+    the same share. 8 bits are those of FP8, of which two warpgroups ran three plans: too few for four costs,
+    hence values between their fit and that of 16 bits.
+    """
+    if precision == "model":
+        two = BlockShape(block_q=128, block_k=128, padded=True, speed=0.88, partial=0.11, ragged=0.25,
+                         tile=100_000)  # fmt: skip
+        tile = 170_000
+    else:
+        two = BlockShape(block_q=128, block_k=128, padded=True, speed=0.86, partial=0.2, ragged=0.1,
+                         tile=120_000)  # fmt: skip
+        tile = 92_000
+    three = replace(two, block_q=192, speed=1.0, tile=tile)
+    return (three, two) if head_dim <= 128 else (two,)
 
 
 def _triton_shapes(
@@ -135,7 +155,6 @@ def _target() -> tuple[str, int]:
 # Most queries and keys of a block, and what both must be multiples of.
 _LIMITS = {
     "gluon_sm90": (192, 128, 64),
-    "gluon_sm90_8bit": (192, 128, 64),
     "triton": (256, 256, 16),
 }
 
@@ -158,17 +177,23 @@ def check_shape(impl: str, shape: BlockShape) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """The block shapes of one implementation, precision and head dim."""
+    """The block shapes of one implementation, precision and head dim.
+
+    pairs_per_ms: that the whole GPU multiplies of whole blocks in the fastest shape, mhz: at which clock of its
+    multiprocessors; 0 if not known.
+    """
 
     impl: str
     precision: str
     head_dim: int
     shapes: tuple[BlockShape, ...]
+    pairs_per_ms: float = 0.0
+    mhz: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         shapes = [asdict(shape) | {"launch": dict(shape.launch)} for shape in self.shapes]
         return {"impl": self.impl, "precision": self.precision, "head_dim": self.head_dim,
-                "shapes": shapes}  # fmt: skip
+                "pairs_per_ms": self.pairs_per_ms, "mhz": self.mhz, "shapes": shapes}  # fmt: skip
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Entry:
@@ -181,15 +206,21 @@ class Entry:
         if not shapes:
             raise ValueError(f"The entry of {values['impl']} has no shapes.")
         known = {name: values[name] for name in ("impl", "precision", "head_dim")}
-        return cls(**known, shapes=shapes)
+        speed = {name: values.get(name, 0.0) for name in ("pairs_per_ms", "mhz")}
+        return cls(**known, shapes=shapes, **speed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """What was measured on one GPU (or "cpu"), and when and with what."""
+    """What was measured on one GPU (or "cpu"), and when and with what.
+
+    sms, capability: multiprocessors and compute capability (90 for sm_90); 0 where there is no GPU.
+    """
 
     gpu: str
     entries: tuple[Entry, ...]
+    sms: int = 0
+    capability: int = 0
     torch: str = ""
     triton: str = ""
     date: str = ""
@@ -260,28 +291,30 @@ def using(table: Table) -> Iterator[None]:
 
 
 @lru_cache(maxsize=256)
-def _found(impl: str, head_dim: int, precision: str, gpu: str) -> tuple[BlockShape, ...]:
-    for table in [*reversed(_trials), *_tables(gpu)]:
+def _found(
+    impl: str, head_dim: int, precision: str, gpu: str, target: tuple[str, int]
+) -> tuple[BlockShape, ...]:
+    for table in [*reversed(_trials), *tables(gpu)]:
         if entry := table.find(impl, head_dim, precision):
             return entry.shapes
-    return _defaults(impl, head_dim, precision)
+    return _defaults(impl, head_dim, precision, target)
 
 
 @lru_cache(maxsize=16)
-def _tables(gpu: str) -> tuple[Table, ...]:
+def tables(gpu: str) -> tuple[Table, ...]:
     """The user's table and the packaged one, where they exist. Read once in a process."""
-    tables = []
+    found = []
     for folder in (user_folder(), PACKAGED):
         path = folder / file_name(gpu)
         try:
             if path.is_file():
-                tables.append(read_table(path))
+                found.append(read_table(path))
         except (OSError, ValueError) as error:  # a broken file must not stop a pipeline
             warnings.warn(f"Tuned tiles are left out: {error}", stacklevel=2)
-    return tuple(tables)
+    return tuple(found)
 
 
 def forget_tables() -> None:
     """Read the files anew, after one was written."""
-    _tables.cache_clear()
+    tables.cache_clear()
     _found.cache_clear()

@@ -52,29 +52,34 @@ def backward(
     grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, version: str, channel_dim: int,
     need_x: bool, need_coefficients: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of x, numerator and denominator; None where not needed."""
+    """Gradients of x, numerator and denominator; None where not needed.
+
+    That of x is computed even if not needed, which only a first layer does not: another kernel without it may
+    round the sums in another way, and these are to have the same bits whoever asks.
+    """
     x = dense(x)
     grad = dense(grad, like=x)
-    dx = torch.empty_like(x) if need_x else None
+    dx = torch.empty_like(x)
+    wanted = dx if need_x else None
     coefficients = (numerator, denominator)
     if not x.numel():
         da, db = (torch.zeros_like(c) if need_coefficients else None for c in coefficients)
-        return dx, da, db
+        return wanted, da, db
     numerator, denominator = numerator.contiguous(), denominator.contiguous()
     grid, arguments, options, partial = launch(
         grad, x, dx, numerator, denominator, version, channel_dim, need_coefficients
     )
     backward_kernel[grid](*arguments, **options)
     if partial is None:
-        return dx, None, None
+        return wanted, None, None
     da, db = (torch.empty_like(c) for c in (numerator, denominator))
     grid, arguments, options = reduce_launch(partial, denominator, da, db, options["VERSION"])
     reduce_kernel[grid](*arguments, **options)
-    return dx, da, db
+    return wanted, da, db
 
 
 def launch(
-    grad: Tensor, x: Tensor, dx: Tensor | None, numerator: Tensor, denominator: Tensor, version: str,
+    grad: Tensor, x: Tensor, dx: Tensor, numerator: Tensor, denominator: Tensor, version: str,
     channel_dim: int, need_coefficients: bool, tuning: Tuning = Tuning(),
 ) -> tuple[tuple[int, ...], tuple, dict, Partial | None]:  # fmt: skip
     """Grid, arguments and options of `backward_kernel`, and where it leaves its sums. All dense, one order."""
@@ -94,11 +99,11 @@ def launch(
         )  # fmt: skip
         partial = Partial(sums=sums, run=1 if tiles.FOLD > 1 else view.run // tiles.SPAN)
     arguments = (
-        grad, x, x if dx is None else dx, x if partial is None else partial.sums,
+        grad, x, dx, x if partial is None else partial.sums,
         numerator, denominator, tiles.rows, *strides_of_groups(numerator, denominator),
     )  # fmt: skip
     return (tiles.blocks, chunks), arguments, {
-        "M": M, "N": N, "VERSION": version, "NEED_X": dx is not None, "NEED_SUMS": need_coefficients,
+        "M": M, "N": N, "VERSION": version, "NEED_SUMS": need_coefficients,
         "EVEN": tiles.rows % (tiles.BR * tuning.rows) == 0 and tiles.blocks * tiles.stride == view.columns,
         "COLUMNS": view.columns, "RUN": view.run, "STRIDE": tiles.stride, "FOLD": tiles.FOLD,
         "BR": tiles.BR, "BU": tuning.rows, "BV": tiles.BV, "SPAN": tiles.SPAN, "W": view.width,
@@ -336,7 +341,7 @@ def adding(x: Tensor):
 def backward_kernel(
     p_grad, p_x, p_dx, p_sums, p_a, p_b, rows, stride_a, stride_b,
     M: tl.constexpr, N: tl.constexpr, VERSION: tl.constexpr,
-    NEED_X: tl.constexpr, NEED_SUMS: tl.constexpr, EVEN: tl.constexpr,
+    NEED_SUMS: tl.constexpr, EVEN: tl.constexpr,
     COLUMNS: tl.constexpr, RUN: tl.constexpr, STRIDE: tl.constexpr, FOLD: tl.constexpr,
     BR: tl.constexpr, BU: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr, W: tl.constexpr,
     COMPUTE: tl.constexpr, RECIPROCAL: tl.constexpr, WIDEN: tl.constexpr, ADD: tl.constexpr,
@@ -379,9 +384,8 @@ def backward_kernel(
         r = grad * over
         even = r * (p * over)
         odd = turn(even, signed)
-        if NEED_X:
-            dx = r * p_slope - odd * d_slope
-            tl.store(p_dx + start + offsets, dx.to(p_dx.dtype.element_ty), mask=inside)
+        dx = r * p_slope - odd * d_slope
+        tl.store(p_dx + start + offsets, dx.to(p_dx.dtype.element_ty), mask=inside)
         if NEED_SUMS:
             if VERSION != "A":  # |x|^j of even j has no sign
                 even = odd

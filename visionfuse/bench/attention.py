@@ -19,7 +19,7 @@ from ..kernels.attention.api import block_sparse_attention, implementations, uns
 from ..kernels.plan.neighborhood import Dense
 from ..kernels.plan.planner import AttentionPlan, plan_attention
 from .accuracy import sampled_errors
-from .cases import BASELINE, Case, cpu_shapes, gpu_shapes
+from .cases import BASELINE, Case, cpu_shapes, gpu_shapes, tiles
 from .peers import MOST_ERROR, PEERS
 from .table import Row
 from .timing import time_in_turns
@@ -203,7 +203,7 @@ def _own(impl: str, case: Case, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Can
         case.layout, case.spec, impl=impl, head_dim=case.head_dim, device=q.device
     )
     q_o, k_o, v_o = (_moved(x, plan.permutation) for x in (q, k, v))
-    tile = "x".join(map(str, plan.tile or ()))
+    tile = tiles(plan)
     first = Candidate(
         name=impl,
         call=lambda: block_sparse_attention(q_o, k_o, v_o, plan.blocks, impl=impl),

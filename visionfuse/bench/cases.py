@@ -11,6 +11,7 @@ from math import prod
 
 from ..kernels.plan.layout import TokenLayout
 from ..kernels.plan.neighborhood import Dense, Neighborhood
+from ..kernels.plan.planner import AttentionPlan
 
 # Every case is compared with this one: cuDNN on a GPU, PyTorch's own on a CPU.
 BASELINE = "dense"
@@ -171,6 +172,13 @@ def cpu_shapes() -> dict[str, list[Case]]:
         for name, (window, stride) in windows.items()
     ]
     return {"grid-128": grid, "tiny": _tiny((BASELINE, "blocks"))}
+
+
+def tiles(plan: AttentionPlan) -> str:
+    """The tiles of a plan and, with "in", their sub-tiles: "16x16", "16x16 in 8x16", or nothing."""
+    return " in ".join(
+        "x".join(map(str, shape)) for shape in (plan.order.tile, plan.order.subtile) if shape
+    )
 
 
 def _tiny(impls: tuple[str, ...]) -> list[Case]:

@@ -20,7 +20,7 @@ from ..kernels.plan.planner import plan_attention
 from ..kernels.plan.tiles import block_shapes
 from .attention import visible_keys
 from .block_lists import BLOCK_K, all_keys, band_of, block_list, list_visible
-from .cases import BASELINE, Case
+from .cases import BASELINE, Case, tiles
 from .peers import PEERS
 
 EIGHT_BITS = ("fp8", "int8_fp8", "fp8, all in", "int8_fp8, all in")
@@ -155,12 +155,11 @@ def _windowed(work: Work, recipe: str, q: Tensor, k: Tensor, v: Tensor) -> Itera
     reasons, call = attend(work.impl, recipe, q, k, v, blocks)
     case = Case(name=work.name, layout=layout, spec=work.rule, heads=work.heads,
                 head_dim=work.head_dim, impls=())  # fmt: skip
-    tile = "x".join(map(str, plan.tile or ()))
     yield Candidate(
         impl=work.impl, recipe=recipe, call=call, reasons=reasons, inverse=plan.inverse,
         visible=partial(visible_keys, case), density=plan.density, visited=blocks.visited_density,
         baseline=f"{LISTS}, {recipe}", work=share if work.share == "tiles" else plan.density,
-        note=f"{_note(recipe, blocks)}, tile {tile}, {masked:.0%} of them masked; speed-up: ratio of "
+        note=f"{_note(recipe, blocks)}, tile {tiles(plan)}, {masked:.0%} of them masked; speed-up: ratio of "
         f"{'pairs of visited blocks' if work.share == 'tiles' else 'visible pairs'} a second",
     )  # fmt: skip
 
@@ -174,13 +173,13 @@ def attend(
     reasons = unsupported_reasons(impl, q, k, v, plan, name)
     if reasons or part or name == "model":
         return reasons, lambda: block_sparse_attention(q, k, v, plan, impl=impl, precision=name)
-    from ..kernels.attention import gluon_sm90_8bit
+    from ..kernels.attention.gluon_sm90 import eight_bit
 
     moved = key_slots.key_slots(plan, BLOCK_K)
     spec = replace(EIGHT_BIT[precision], smooth_k=Precision.parse(precision).smooth_k is True)
     x = prologue(q, k, v, spec, key_order=moved.order)
     scale = q.shape[-1] ** -0.5
-    return [], lambda: gluon_sm90_8bit.forward(x, moved.plan, scale, False)[0]
+    return [], lambda: eight_bit.forward(x, moved.plan, scale, False)[0]
 
 
 def _precision(recipe: str) -> str:

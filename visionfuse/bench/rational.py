@@ -18,9 +18,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels.rational import coefficients, rational, reference
+from .models import inference, measure_models, training
 from .table import Row, show_rows, update_csv
 from .timing import time_in_turns
 
@@ -155,76 +156,12 @@ def _errors(call: Call, x: Tensor, grad: Tensor, a: Tensor, b: Tensor) -> dict:
     return {"forward": (*compare(0), 0.0), "backward": (*compare(1), worst)}
 
 
-def measure_models(
-    name: str,
-    batch: int,
-    prepare: Callable[[nn.Module, Tensor, Tensor], Callable[[], object]],
-    *,
-    suite: str,
-    device: torch.device,
-    seconds: float,
-    compiled: bool,
-) -> list[Row]:
-    """Rows of KAT and of the vision transformer of its size. prepare: `training` or `inference`."""
+def _created(name: str):
     import timm
 
     from .. import models  # noqa: F401  puts KAT into timm's registry
 
-    images = torch.randn(batch, 3, 224, 224, device=device)
-    labels = torch.randint(0, 1000, (batch,), device=device)
-    steps: dict[str, Callable[[], object]] = {}
-    peaks = {}
-    for model_name in MODELS[name]:
-        torch.manual_seed(0)
-        model = timm.create_model(model_name).to(device)
-        if compiled:
-            model.compile()
-        steps[model_name] = prepare(model, images, labels)
-        steps[model_name]()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            steps[model_name]()
-            peaks[model_name] = torch.cuda.max_memory_allocated() / 2**30
-    times = time_in_turns(steps, device=device, seconds=seconds, most=20)
-    ours, base = MODELS[name]
-    mode = "compiled" if compiled else "eager"
-    rows = []
-    for model_name, timing in times.items():
-        row = Row(
-            suite=suite, case=f"{name} {prepare.__name__}, batch {batch}, bf16 autocast, {mode}",
-            impl=model_name, direction="forward" if prepare is inference else "both",
-            ms=timing.ms, ms_p20=timing.ms_p20, ms_p80=timing.ms_p80, peak_gib=peaks.get(model_name),
-            note=f"{batch / timing.ms * 1e3:.0f} images/s",
-        )  # fmt: skip
-        if model_name == ours:
-            row.baseline, row.speedup = base, times[base].ms / timing.ms
-        rows.append(row)
-    return rows
-
-
-def training(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    """A training step: forward, backward, AdamW."""
-    fused = images.device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4, fused=fused)
-
-    def step() -> None:
-        with torch.autocast(images.device.type, dtype=torch.bfloat16):
-            loss = nn.functional.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def inference(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], object]:
-    model.eval()
-
-    def step() -> Tensor:
-        with torch.inference_mode(), torch.autocast(images.device.type, dtype=torch.bfloat16):
-            return model(images)
-
-    return step
+    return timm.create_model(name)
 
 
 def main() -> None:
@@ -249,17 +186,12 @@ def main() -> None:
     }  # fmt: skip
     runs: list[Callable[[], list[Row]]] = []
     for prepare, names in ((training, arguments.training), (inference, arguments.inference)):
-        runs += [
-            partial(
-                measure_models,
-                name,
-                arguments.batch,
-                prepare,
-                compiled=arguments.compiled,
-                **options,
-            )
-            for name in names
-        ]
+        for name in names:
+            ours, base = MODELS[name]
+            runs.append(partial(
+                measure_models, name, {n: partial(_created, n) for n in (base, ours)}, prepare,
+                batch=arguments.batch, compiled=arguments.compiled, **options,
+            ))  # fmt: skip
     if not runs:
         cases = CASES[:3] if arguments.quick else CASES
         if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""Write the tables of README.md from assets/bench/*.csv: `python -m visionfuse.bench.readme`.
+"""Write the tables of README.md and assets/docs from assets/bench/*.csv: `python -m visionfuse.bench.readme`.
 
 A table stands between two comments; the first names the suite, that is the CSV, and its columns:
 
@@ -85,16 +85,18 @@ def _cell(value: str, unit: str | None) -> str:
 
 def main() -> None:
     root = Path(__file__).resolve().parents[2]
-    readme = root / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = fill_tables(before, root / "assets" / "bench")
-    if "--check" in sys.argv[1:]:
+    old = []
+    for page in (root / "README.md", *sorted((root / "assets" / "docs").glob("*.md"))):
+        before = page.read_text(encoding="utf-8")
+        after = fill_tables(before, root / "assets" / "bench")
+        if after != before:
+            old.append(page.name)
+            if "--check" not in sys.argv[1:]:
+                page.write_text(after, encoding="utf-8")
+    if old and "--check" in sys.argv[1:]:
         sys.exit(
-            "README.md is older than assets/bench: run python -m visionfuse.bench.readme"
-            if after != before
-            else 0
+            f"Older than assets/bench: {', '.join(old)}. Run python -m visionfuse.bench.readme."
         )
-    readme.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

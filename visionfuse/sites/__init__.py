@@ -1,7 +1,7 @@
 """Sites: one small file of facts per model family.
 
-A site says where the self-attention layers are, which tokens an attention call holds, and how the
-tokens are permuted once per forward, where the sequence enters and leaves the model.
+A site says where the self-attention layers are, which tokens an attention call holds and which of them are
+padding, and how the tokens are permuted once per forward, where the sequence enters and leaves the model.
 """
 
 from __future__ import annotations
@@ -9,21 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 from ..kernels.plan import TokenLayout
+from ..kernels.plan.keys import KeyRanges
 
 Arguments = dict[str, Any]
 # A denoiser of diffusers; the type checker cannot know the attributes that its site names.
 Model = Any
+T = TypeVar("T")
 
 
 class Unsupported(NamedTuple):
     """Why a forward keeps the model's own attention."""
 
     reason: str
+
+
+def _stays(model: Model, arguments: Arguments, order: Tensor, memo: dict) -> Arguments:
+    raise AssertionError("a site whose row_only says why is never asked to permute")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +39,12 @@ class Site:
     grid_axes: axes of its token grid. grid_name: what they are, for messages.
     layers: its self-attention modules in the order in which they run; each has a `processor`.
     others: what else attends and stays as it is, for the report.
-    head_dim: of the attention.
+    head_dim: of the attention; the largest where layers differ.
     layout: the tokens of this forward from its arguments. `memo` lasts as long as the pipeline call.
+    levels: further layouts of layers that attend at coarser resolutions.
+    keys: which keys are no padding, of every batch entry, in the model's order; None if all are.
+    tokens: a tensor of this forward's device and dtype.
+    row_only: why tokens cannot change places in this model; empty if they can.
     permute: arguments with the grid tokens in a new order; `order` is int64 [S_grid].
     restore: the output with its tokens back in the model's order.
     inside: what has to change inside the model for the pipeline call, with its undoing on the stack.
@@ -44,10 +54,14 @@ class Site:
     grid_name: str
     layers: Callable[[Model], list[Any]]
     others: str
-    head_dim: Callable[[Model], int]
+    head_dim: Callable[[Model], int] = lambda model: model.config.attention_head_dim
     layout: Callable[[Model, Arguments, dict], TokenLayout | Unsupported]
-    permute: Callable[[Model, Arguments, Tensor, dict], Arguments]
-    restore: Callable[[Model, Any, Tensor], Any]
+    levels: Callable[[Model, TokenLayout], tuple[TokenLayout, ...]] = lambda model, layout: ()
+    keys: Callable[[Model, Arguments, dict], KeyRanges | None] = lambda model, arguments, memo: None
+    tokens: Callable[[Arguments], Tensor] = lambda arguments: arguments["hidden_states"]
+    row_only: Callable[[Model], str] = lambda model: ""
+    permute: Callable[[Model, Arguments, Tensor, dict], Arguments] = _stays
+    restore: Callable[[Model, Any, Tensor], Any] = lambda model, output, inverse: output
     inside: Callable[[Model, ExitStack], None] = lambda model, stack: None
 
 
@@ -82,19 +96,34 @@ def denoisers(pipe: Any) -> Iterator[Denoiser]:
             yield Denoiser(name, outer, model, site)
 
 
-def take(x: Tensor, dim: int, order: Tensor) -> Tensor:
-    """x with the tokens of `dim` in `order`, on x's device (models may be spread over several)."""
-    return x.index_select(dim, order.to(x.device))
+def once(memo: dict, tensor: Tensor, read: Callable[[Tensor], T]) -> T:
+    """`read(tensor)`, which waits for the GPU, once per tensor and pipeline call.
+
+    The memo holds the tensor itself, since the address of a freed one may belong to another's data.
+    """
+    known = memo.setdefault("read", {})
+    if id(tensor) not in known:
+        known[id(tensor)] = tensor, read(tensor)
+    return known[id(tensor)][1]
 
 
-def map_output(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Apply `change` to the sample of a model output (a tuple or a diffusers output with `sample`)."""
-    if isinstance(output, tuple):
-        return (change(output[0]), *output[1:])
-    return type(output)(sample=change(output.sample))
-
-
-from . import flux, wan  # noqa: E402  (they register themselves)
+from . import (  # noqa: E402  (they register themselves)
+    cogvideox,
+    cogview4,
+    cosmos,
+    flux,
+    hunyuan_image,
+    hunyuan_video,
+    ltx,
+    lumina2,
+    pixart,
+    qwen_image,
+    sd3,
+    skyreels,
+    unet,
+    wan,
+    z_image,
+)
 
 __all__ = [
     "SITES",
@@ -102,10 +131,22 @@ __all__ = [
     "Model",
     "Site",
     "Unsupported",
+    "cogvideox",
+    "cogview4",
+    "cosmos",
     "denoisers",
     "flux",
-    "map_output",
+    "hunyuan_image",
+    "hunyuan_video",
+    "ltx",
+    "lumina2",
+    "once",
+    "pixart",
+    "qwen_image",
+    "sd3",
     "site_of",
-    "take",
+    "skyreels",
+    "unet",
     "wan",
+    "z_image",
 ]

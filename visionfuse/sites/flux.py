@@ -1,6 +1,7 @@
-"""FLUX.1: joint attention over text, then one or more image grids, named by `img_ids` (image, row, column).
+"""FLUX.1 and FLUX.2: joint attention over text, then one or more image grids, named by `img_ids` (image, row,
+column; FLUX.2 adds a number for text, which is 0 here).
 
-Kontext appends reference images as further grids; Fill and Control add channels, Redux adds text.
+Kontext and FLUX.2 append reference images as further grids; Fill and Control add channels, Redux adds text.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.plan import TokenLayout
-from . import SITES, Arguments, Model, Site, Unsupported, map_output, take
+from . import SITES, Arguments, Model, Site, Unsupported, once
+from .order import map_output, take
 
 MAX_GRIDS = 16
 RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
@@ -18,14 +20,12 @@ RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
 def layout(model: Model, arguments: Arguments, memo: dict) -> TokenLayout | Unsupported:
     if (arguments.get("joint_attention_kwargs") or {}).get("attention_mask") is not None:
         return Unsupported("an attention mask was given in joint_attention_kwargs")
+    if arguments.get("kv_cache_mode") is not None:
+        return Unsupported("reference images from a cache of keys and values")
     ids, tokens = arguments.get("img_ids"), arguments["hidden_states"].shape[1]
     if ids is None:
         return Unsupported("there are no img_ids")
-    # Reading ids waits for the GPU: once per pipeline call. The memo holds the tensor itself, since
-    # the address of a freed one may belong to the ids of another resolution.
-    if memo.get("ids") is not ids:
-        memo["ids"], memo["grids"] = ids, parse_ids(ids)
-    grids = memo["grids"]
+    grids = once(memo, ids, parse_ids)
     if isinstance(grids, Unsupported):
         return grids
     if sum(h * w for h, w in grids) != tokens:
@@ -34,25 +34,26 @@ def layout(model: Model, arguments: Arguments, memo: dict) -> TokenLayout | Unsu
 
 
 def parse_ids(ids: Tensor) -> list[tuple[int, int]] | Unsupported:
-    """The row-major grids (rows, columns) that ids [S, 3] count out exactly, one after the other.
+    """The row-major grids (rows, columns) that ids [S, 3 or 4] count out exactly, one after the other.
 
     Raises ValueError for NaN and infinite ids.
     """
     ids = (ids[0] if ids.ndim == 3 else ids).detach().to("cpu", torch.float64)
-    if ids.ndim != 2 or ids.shape[1] != 3 or not len(ids):
-        return Unsupported(f"img_ids have the shape {tuple(ids.shape)} instead of (tokens, 3)")
+    if ids.ndim != 2 or ids.shape[1] not in (3, 4) or not len(ids):
+        return Unsupported(f"img_ids have the shape {tuple(ids.shape)} instead of (tokens, 3 or 4)")
     if not bool(ids.isfinite().all()):
         bad = int((~ids.isfinite()).any(1).sum())
         raise ValueError(
             f"img_ids of {bad} of {len(ids)} image tokens are NaN or infinite. "
             "Pass the ids of pipe._prepare_latent_image_ids, or none at all."
         )
-    step = ids.diff(dim=0)
-    in_row = (step == torch.tensor([0.0, 0.0, 1.0], dtype=ids.dtype)).all(1)
+    next_column = torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=ids.dtype)[: ids.shape[1]]
+    next_row = next_column.roll(-1)
+    in_row = (ids.diff(dim=0) == next_column).all(1)
     starts = torch.cat([torch.tensor([True]), ~in_row]).nonzero()[:, 0]
     widths = torch.cat([starts, torch.tensor([len(ids)])]).diff()
     first = ids[starts]  # [rows, 3]
-    below = (first.diff(dim=0) == torch.tensor([0.0, 1.0, 0.0], dtype=ids.dtype)).all(1)
+    below = (first.diff(dim=0) == next_row).all(1)
     below &= widths.diff() == 0
     tops = torch.cat([torch.tensor([True]), ~below]).nonzero()[:, 0]
     heights = torch.cat([tops, torch.tensor([len(starts)])]).diff()
@@ -77,14 +78,13 @@ def restore(model: Model, output, inverse: Tensor):
     return map_output(output, lambda x: take(x, 1, inverse))
 
 
-SITES["FluxTransformer2DModel"] = Site(
+SITES["FluxTransformer2DModel"] = SITES["Flux2Transformer2DModel"] = Site(
     grid_axes=2,
     grid_name="rows, columns",
     layers=lambda model: [
         block.attn for block in (*model.transformer_blocks, *model.single_transformer_blocks)
     ],
     others="IP-Adapter and ControlNet attention",
-    head_dim=lambda model: model.config.attention_head_dim,
     layout=layout,
     permute=permute,
     restore=restore,

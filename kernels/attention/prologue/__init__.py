@@ -1,0 +1,449 @@
+"""What stands between the projections and the attention kernel, in one pass: `prologue`.
+
+RMSNorm and rotary embedding of Q and K, order of the tokens, smoothing of K and quantisation after
+SageAttention2 (Zhang et al., arXiv 2411.10958, sections 3.1 to 3.3), and V as 8-bit tensor cores want it.
+Every element is read once and written once; the mean of K over all tokens, the scales of V per channel and a
+norm over all heads have to be known before, so each of these costs a first read. Everything is computed in
+fp32 and rounded once, where diffusers rounds after the norm and after the rotation.
+
+`reference` is the same in plain PyTorch, for the tests, and for the reader.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, library
+
+from ..api import UnsupportedError
+
+# Codes and the largest one. "int4" is -7 .. 7 in int8, for tensor cores without 4 bits.
+FORMATS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0), "int4": (torch.int8, 7.0)}  # fmt: skip
+LAYOUTS = ("tokens", "channels", "channels16")
+# Position p of every 16 tokens of "channels16" holds token SWAPPED[p]: the fp32 accumulator of Q K^T then is,
+# register for register, the 8-bit operand of P V (SageAttention's order).
+SWAPPED = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
+MAX_HEAD_DIM = 256
+MAX_ROWS = 128
+TINY = 2.0**-100  # the least maximum that a scale is made of: a row of zeros has a scale above zero
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrologueSpec:
+    """What the attention kernel wants.
+
+    qk: "same" (the dtype of the inputs), "int8", "int4" (-7 .. 7, kept in int8) or "fp8" (e4m3).
+    q_rows, k_rows: tokens that share a scale: 1, 2, 4, ... 128. (128 of head dim 256 spill registers.)
+    v: "same" or "fp8" (e4m3, a scale per channel).
+    v_layout: "tokens" [B, S, H, D]; "channels" [B, H, D, S padded] or "channels16", the same with the
+        tokens inside every 16 in the order `SWAPPED`.
+    v_padding: the channel layouts are padded with zeros to a multiple of it.
+    smooth_k: subtract from K its mean over tokens. It changes no softmax, only the log-sum-exp: a kernel
+        that returns one adds softmax_scale * (q . k_mean).
+    softmax_scale: is multiplied into q_scale (not into q).
+    eps: of the RMSNorm.
+    """
+
+    qk: str = "same"
+    q_rows: int = 1
+    k_rows: int = 1
+    v: str = "same"
+    v_layout: str = "tokens"
+    v_padding: int = 128
+    smooth_k: bool = False
+    softmax_scale: float = 1.0
+    eps: float = 1e-6
+    version: int = 1
+
+    def __post_init__(self):
+        choices = {"qk": ("same", *FORMATS), "v": ("same", "fp8"), "v_layout": LAYOUTS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
+        for name in ("q_rows", "k_rows"):
+            rows = getattr(self, name)
+            if not 1 <= rows <= MAX_ROWS or rows & (rows - 1):
+                raise ValueError(f"{name} must be a power of two up to {MAX_ROWS}, got {rows}.")
+        if self.v_padding < 16 or self.v_padding % 16:
+            raise ValueError(f"v_padding must be a multiple of 16, got {self.v_padding}.")
+        if self.qk == "same" and (self.q_rows, self.k_rows, self.softmax_scale) != (1, 1, 1.0):
+            raise ValueError(
+                "q_rows, k_rows and softmax_scale are about scales, which qk='same' has not: "
+                "leave them at 1, or choose qk='int8' or 'fp8'."
+            )
+        if self.version != 1:
+            raise ValueError(f"PrologueSpec version {self.version} is not known, only 1.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PrologueSpec:
+        return cls(**values)
+
+
+# What `gluon_sm90.eight_bit` reads; smooth_k and softmax_scale are free.
+EIGHT_BIT = {
+    name: PrologueSpec(qk=qk, k_rows=128, v="fp8", v_layout="channels16")
+    for name, qk in (("fp8", "fp8"), ("int8_fp8", "int8"))
+}
+
+
+class Operands(NamedTuple):
+    """The operands of an attention kernel. None: this spec has none.
+
+    q [B, S, H, D], k [B, S, Hk, D]; v in the layout of the spec.
+    q_scale [B, H, ceil(S / q_rows)], k_scale [B, Hk, ceil(S / k_rows)], v_scale [B, Hk, D]: fp32, above
+    zero; a value is code * scale, and that of q includes softmax_scale.
+    k_mean [B, Hk, D]: fp32, what smoothing has subtracted.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_scale: Tensor | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    k_mean: Tensor | None
+
+
+def prologue(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: PrologueSpec = PrologueSpec(),
+    *,
+    norm_q: Tensor | None = None,
+    norm_k: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    order: Tensor | None = None,
+    key_order: Tensor | None = None,
+) -> Operands:
+    """Q, K and V as they come from the projections -> what the attention kernel reads.
+
+    q [B, Sq, H, D], k and v [B, Sk, Hk, D] with Hk a divisor of H: fp16, bf16 or fp32, D even, 16 to 256;
+        D contiguous, other strides are free (a copy is made of tensors without contiguous rows).
+    norm_q, norm_k: weights of an RMSNorm, in any float dtype: [D] over every head, or [H * D] and [Hk * D]
+        over all heads of a token together, as in Wan, which reads Q or K once more.
+    rotary: cos and sin, of pairs of neighbouring channels (diffusers' `apply_rotary_emb` with
+        use_real_unbind_dim=-1): [S, D] with every angle twice as in its FLUX, [1, S, 1, D] as in its Wan, or
+        [S, D / 2], which is slower (1.2 to 1.4 times, H200). Row i belongs to input token i. Of [S, D] the even
+        columns of cos and the odd ones of sin count.
+    order: int32 or int64 [S_out]: output row i is input row order[i], and zeros where order[i] is -1 (the
+        padding of tiles). Usually a permutation; values are not checked, as that would wait for the GPU,
+        but one outside -1 .. S - 1 reads nothing either. Mean of K and scales of V are over all input tokens.
+    key_order: the same for K and V alone, in place of `order`: keys that start tiles at other multiples than
+        queries do, say. Q may then have its own length.
+
+    Without rounding of V, its transposition and order, `v` is returned as it is. NaN and infinities pass
+    through "same" as in PyTorch. In 8 bits they make the scale of their rows (Q, K) or channel (V) NaN,
+    and the codes there mean nothing: the products are NaN, as they would be without quantisation. A
+    non-finite K also makes its channel of k_mean non-finite, hence with smoothing all keys of the head.
+
+    torch.compile sees one opaque op, `visionfuse::prologue`. Launches go to the current stream and may be
+    captured in a CUDA graph, after a first call with the same shapes.
+
+    Raises ValueError for wrong inputs and UnsupportedError where Triton cannot run.
+    """
+    cos, sin = (None, None) if rotary is None else rotary
+    if torch.compiler.is_compiling():
+        found = prologue_op(
+            q, k, v, spec.qk, spec.q_rows, spec.k_rows, spec.v, spec.v_layout, spec.v_padding,
+            spec.smooth_k, spec.softmax_scale, spec.eps, norm_q, norm_k, cos, sin, order, key_order,
+        )  # fmt: skip
+        return _operands(found, v, spec)
+    return _run(q, k, v, spec, norm_q, norm_k, cos, sin, order, key_order)
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, spec: PrologueSpec, *options: Tensor | None) -> Operands:
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        _refuse(unsupported(q, k, v, spec))
+    try:
+        from .launch import Inputs
+        from .run import run
+    except ImportError:
+        _refuse(unsupported(q, k, v, spec))
+        raise
+    inputs = Inputs(q, k, v, *options)
+
+    def checked() -> None:
+        check(*inputs)
+        _refuse(unsupported(q, k, v, spec))
+
+    return Operands(*run(inputs, spec, checked))
+
+
+def _refuse(reasons: list[str]) -> None:
+    if reasons:
+        raise UnsupportedError("The prologue cannot run: " + "; ".join(reasons) + ".")
+
+
+# One opaque op for torch.compile --------------------------------------------------------------------
+
+
+@library.custom_op("visionfuse::prologue", mutates_args=())
+def prologue_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qk_format: str,
+    q_rows: int,
+    k_rows: int,
+    v_format: str,
+    v_layout: str,
+    v_padding: int,
+    smooth_k: bool,
+    softmax_scale: float,
+    eps: float,
+    norm_q: Tensor | None,
+    norm_k: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    order: Tensor | None,
+    key_order: Tensor | None,
+) -> list[Tensor]:
+    """The fields of `Operands` that are not None and not the input v, in their order."""
+    spec = PrologueSpec(
+        qk=qk_format, q_rows=q_rows, k_rows=k_rows, v=v_format, v_layout=v_layout,
+        v_padding=v_padding, smooth_k=smooth_k, softmax_scale=softmax_scale,
+        eps=eps,
+    )  # fmt: skip
+    found = _run(q, k, v, spec, norm_q, norm_k, cos, sin, order, key_order)
+    return [x for x in found if x is not None and x is not v]
+
+
+@prologue_op.register_fake
+def _(
+    q, k, v, qk_format, q_rows, k_rows, v_format, v_layout, v_padding, smooth_k, softmax_scale, eps,
+    norm_q, norm_k, cos, sin, order, key_order,
+):  # fmt: skip
+    (batch, length_q, heads, dim), (_, length_k, kv_heads, _) = q.shape, k.shape
+    moved = order if key_order is None else key_order
+    length_q = length_q if order is None else order.shape[0]
+    length_k = length_k if moved is None else moved.shape[0]
+    code = FORMATS[qk_format][0] if qk_format in FORMATS else q.dtype
+
+    def float32(*shape):
+        return q.new_empty(shape, dtype=torch.float32)
+
+    found = [
+        q.new_empty(batch, length_q, heads, dim, dtype=code),
+        q.new_empty(batch, length_k, kv_heads, dim, dtype=code),
+    ]
+    if v_format != "same" or v_layout != "tokens" or moved is not None:
+        shape = (batch, length_k, kv_heads, dim)
+        if v_layout != "tokens":
+            shape = (batch, kv_heads, dim, -(-length_k // v_padding) * v_padding)
+        dtype = FORMATS[v_format][0] if v_format in FORMATS else v.dtype
+        found.append(q.new_empty(shape, dtype=dtype))
+    if qk_format != "same":
+        found.append(float32(batch, heads, -(-length_q // q_rows)))
+        found.append(float32(batch, kv_heads, -(-length_k // k_rows)))
+    if v_format != "same":
+        found.append(float32(batch, kv_heads, dim))
+    if smooth_k:
+        found.append(float32(batch, kv_heads, dim))
+    return found
+
+
+def _operands(found: list[Tensor], v: Tensor, spec: PrologueSpec) -> Operands:
+    """What `prologue_op` leaves out is put back."""
+    scaled, rounded = 2 * (spec.qk != "same"), int(spec.v != "same")
+    count = 2 + scaled + rounded + spec.smooth_k
+    rest = list(found[2:])
+    v_out = v if len(found) == count else rest.pop(0)
+    q_scale, k_scale = (rest[0], rest[1]) if scaled else (None, None)
+    v_scale = rest[scaled] if rounded else None
+    return Operands(
+        found[0], found[1], v_out, q_scale, k_scale, v_scale, rest[-1] if spec.smooth_k else None
+    )
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, spec: PrologueSpec) -> list[str]:
+    """Every reason why the kernels cannot run on these inputs; empty if they can."""
+    reasons = []
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        reasons.append("it has no backward, and an input requires a gradient")
+    try:
+        from .kernel import INTERPRETED
+    except ImportError as error:
+        return [*reasons, f"Triton cannot be imported ({error})"]
+    if not q.is_cuda:
+        if not INTERPRETED:
+            reasons.append(f"Triton kernels need a GPU, the tensors are on {q.device}")
+    elif "fp8" in (spec.qk, spec.v):
+        if torch.version.hip:
+            reasons.append("fp8 is e4m3fn, which has not been tried on AMD")
+        elif torch.cuda.get_device_capability(q.device) < (8, 9):
+            reasons.append(
+                f"fp8 needs sm_89 or newer, this is {torch.cuda.get_device_name(q.device)}"
+            )
+    return reasons
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norm_q: Tensor | None,
+    norm_k: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    order: Tensor | None,
+    key_order: Tensor | None,
+) -> None:
+    """Raise ValueError unless shapes, dtypes and devices are those of `prologue`."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(f"q must be (B, Sq, H, D), k and v (B, Sk, Hk, D), got {shapes}.")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % max(k.shape[2], 1):
+        raise ValueError(f"q and k must share B and D, and Hk must divide H, got {shapes}.")
+    if not q.numel() or not k.numel():
+        raise ValueError(f"q, k and v must not be empty, got {shapes}.")
+    head_dim = q.shape[3]
+    if not 16 <= head_dim <= MAX_HEAD_DIM or head_dim % 2:
+        raise ValueError(f"the head dim must be even, 16 to {MAX_HEAD_DIM}, got {head_dim}.")
+    if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in _DTYPES:
+        raise ValueError(
+            f"q, k and v must share float16, bfloat16 or float32, got {q.dtype}, {k.dtype}, {v.dtype}."
+        )
+    tables = [x for x in (cos, sin) if x is not None]
+    others = [x for x in (k, v, norm_q, norm_k, order, key_order, *tables) if x is not None]
+    if any(x.device != q.device for x in others):
+        raise ValueError(
+            f"all tensors must be on {q.device}, got {[str(x.device) for x in others]}."
+        )
+    for name, weight, heads in (("norm_q", norm_q, q.shape[2]), ("norm_k", norm_k, k.shape[2])):
+        if weight is not None and weight.shape not in ((head_dim,), (heads * head_dim,)):
+            raise ValueError(
+                f"{name} must be ({head_dim},), over one head, or ({heads * head_dim},), over all heads, got "
+                f"{tuple(weight.shape)}."
+            )
+    shared = bool(tables) or (order is not None and key_order is None)
+    if shared and q.shape[1] != k.shape[1]:
+        raise ValueError(f"rotary and order are for q and k of one length, got {shapes}.")
+    for table in tables:
+        rows, columns = table.numel() // max(table.shape[-1], 1), table.shape[-1]
+        flat = table.dim() == 2 or table.shape[:-1] == (1, q.shape[1], 1)
+        if not flat or rows != q.shape[1] or columns not in (head_dim, head_dim // 2):
+            raise ValueError(
+                f"cos and sin must be (S, D) or (S, D / 2) with S {q.shape[1]}, D {head_dim}, got "
+                f"{tuple(table.shape)}."
+            )
+    if len({table.shape for table in tables}) > 1:
+        raise ValueError(
+            f"cos and sin must have one shape, got {[tuple(t.shape) for t in tables]}."
+        )
+    for name, rows in (("order", order), ("key_order", key_order)):
+        if rows is not None and (
+            rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64) or not rows.numel()
+        ):
+            raise ValueError(
+                f"{name} must be int32 or int64 [S_out], not empty, got {rows.dtype} {tuple(rows.shape)}."
+            )
+
+
+# In plain PyTorch ----------------------------------------------------------------------------------
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: PrologueSpec = PrologueSpec(),
+    *,
+    norm_q: Tensor | None = None,
+    norm_k: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    order: Tensor | None = None,
+    key_order: Tensor | None = None,
+) -> Operands:
+    """`prologue`, computed in the inputs' dtype: for the exact result, give float64 (q, k and v suffice)."""
+    q = _rotated(_normalized(q, norm_q, spec.eps), rotary)
+    k = _rotated(_normalized(k, norm_k, spec.eps), rotary)
+    v_top = v.abs().amax(1)  # [B, Hk, D]
+    k_mean = k.mean(1) if spec.smooth_k else None
+    if k_mean is not None:
+        k = k - k_mean[:, None]
+    q = _ordered(q, order)
+    k, v = (_ordered(x, order if key_order is None else key_order) for x in (k, v))
+    q_scale = k_scale = v_scale = None
+    if spec.qk in FORMATS:
+        q, q_scale = _quantized_rows(q, spec.qk, spec.q_rows)
+        q_scale = q_scale * spec.softmax_scale
+        k, k_scale = _quantized_rows(k, spec.qk, spec.k_rows)
+    if spec.v in FORMATS:
+        v_scale = v_top.clamp(min=TINY) / FORMATS[spec.v][1]
+        v = _rounded(v / v_scale[:, None], spec.v)
+    if spec.v_layout != "tokens":
+        v = torch.nn.functional.pad(
+            v.permute(0, 2, 3, 1).float(), (0, -v.shape[1] % spec.v_padding)
+        ).to(v.dtype)
+    if spec.v_layout == "channels16":
+        v = v.unflatten(-1, (-1, 16))[..., list(SWAPPED)].flatten(-2)
+    return Operands(q, k, v, q_scale, k_scale, v_scale, k_mean)
+
+
+def dequantized(operands: Operands, spec: PrologueSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k [B, S, H, D] and v [B, S, Hk, D] that the operands stand for, in float32; q without
+    softmax_scale, k without its mean."""
+    q, k, v, q_scale, k_scale, v_scale, _ = operands
+    length = k.shape[1]
+    q, k, v = q.float(), k.float(), v.float()
+    if q_scale is not None and k_scale is not None:
+        q = q * _by_token(q_scale / spec.softmax_scale, spec.q_rows, q.shape[1])
+        k = k * _by_token(k_scale, spec.k_rows, length)
+    if spec.v_layout == "channels16":
+        back = torch.tensor(SWAPPED, device=v.device).argsort()
+        v = v.unflatten(-1, (-1, 16))[..., back].flatten(-2)
+    if spec.v_layout != "tokens":
+        v = v[..., :length].permute(0, 3, 1, 2)
+    return q, k, v if v_scale is None else v * v_scale[:, None].float()
+
+
+def _by_token(scale: Tensor, rows: int, length: int) -> Tensor:
+    """[B, H, n] -> [B, S, H, 1]."""
+    return scale.repeat_interleave(rows, 2)[..., :length].transpose(1, 2)[..., None].float()
+
+
+def _normalized(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Over every head [D], or over all heads of a token [H * D]."""
+    if weight is None:
+        return x
+    axes = -1 if weight.numel() == x.shape[-1] else (-2, -1)
+    weight = weight.to(x.dtype) if axes == -1 else weight.to(x.dtype).view(x.shape[-2:])
+    return x * torch.rsqrt(x.square().mean(axes, keepdim=True) + eps) * weight
+
+
+def _rotated(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    if rotary is None:
+        return x
+    cos, sin = (t.reshape(-1, 1, t.shape[-1]).to(x.dtype) for t in rotary)
+    if cos.shape[-1] == x.shape[-1]:
+        cos, sin = cos[..., 0::2], sin[..., 1::2]
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
+
+
+def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
+    if order is None:
+        return x
+    return x[:, order.long().clamp(min=0)].masked_fill((order < 0)[None, :, None, None], 0.0)
+
+
+def _quantized_rows(x: Tensor, format: str, rows: int) -> tuple[Tensor, Tensor]:
+    """Codes [B, S, H, D] and scales [B, H, ceil(S / rows)] in x's dtype."""
+    length = x.shape[1]
+    top = torch.nn.functional.pad(x.abs().amax(-1).transpose(1, 2), (0, -length % rows))
+    scale = top.unflatten(-1, (-1, rows)).amax(-1).clamp(min=TINY) / FORMATS[format][1]
+    by_token = scale.repeat_interleave(rows, 2)[..., :length].transpose(1, 2)[..., None]
+    return _rounded(x / by_token, format), scale
+
+
+def _rounded(x: Tensor, format: str) -> Tensor:
+    dtype = FORMATS[format][0]
+    x = x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return (x.round() if dtype == torch.int8 else x).to(dtype)

@@ -1,0 +1,164 @@
+"""MedViTV2 with our kernels and by its formula: `python -m visionfuse.bench.medvit --csv assets/bench/medvit.csv`.
+
+`formula` writes the basis of every KAN layer as FasterKAN does and masks dense attention, `kan` has the fused
+KAN layers only, `visionfuse` has block-sparse neighborhood attention too. The published code runs its attention
+in NATTEN 0.17, which is no part of this comparison. All three are compared on one picture in float32 first.
+The layer alone (`--layer`) is timed at the shapes of MedViT-S and -L.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.kan import rswaf_linear
+from .models import inference, measure_models, training
+from .table import Row, show_rows, update_csv
+from .timing import time_in_turns
+
+NAMES = ("medvit_tiny", "medvit_small", "medvit_base", "medvit_large")
+MOST_ERROR = {"float32": 1e-3, "layer": 8e-3}  # relative L1
+# rows of batch 128, channels, outputs: the second stage, the third and the last one of MedViT-S
+LAYERS = ((100352, 128, 256), (25088, 512, 256), (6272, 512, 1024))
+
+
+def build(name: str, way: str) -> Any:
+    """The model in one of three ways."""
+    import timm
+
+    from .. import models  # noqa: F401  puts MedViTV2 into timm's registry
+
+    model: Any = timm.create_model(name, kan_impl="reference" if way == "formula" else "auto")
+    if way != "visionfuse":
+        for module in model.modules():
+            if hasattr(module, "dense_tokens"):
+                module.dense_tokens = 1 << 20
+    return model
+
+
+WAYS = ("formula", "kan", "visionfuse")
+
+
+def compare(name: str, device: torch.device) -> None:
+    """Raises RuntimeError where the three do not agree."""
+    image = torch.randn(1, 3, 224, 224, device=device)
+    found = {}
+    for way in WAYS:
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            found[way] = build(name, way).to(device).eval().forward_features(image)
+    for way in WAYS[1:]:
+        error = (found[way] - found["formula"]).abs().sum() / found["formula"].abs().sum()
+        if not error <= MOST_ERROR["float32"]:
+            raise RuntimeError(f"{name}: {way} differs from the formula by {error:.1e}.")
+
+
+def measure_layer(
+    shape: tuple[int, int, int], *, suite: str, device: torch.device, seconds: float
+) -> list[Row]:
+    """Forward and backward of one layer in bf16, ours and the formula."""
+    rows, channels, outputs = shape
+    x = torch.randn(rows, channels, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(outputs, 8 * channels, device=device, dtype=torch.bfloat16)
+    weight *= (8 * channels) ** -0.5
+    grad = torch.randn(rows, outputs, device=device, dtype=torch.bfloat16)
+    leaves = [t.requires_grad_() for t in (x, weight)]
+    calls: Any = {key: partial(rswaf_linear, impl=impl) for key, impl in (("formula", "reference"), ("visionfuse", "auto"))}  # fmt: skip
+    few = [t[:2048].detach().double() for t in (x, grad)]
+    exact_leaves = [few[0].requires_grad_(), weight.detach().double().requires_grad_()]
+    y = rswaf_linear(exact_leaves[0], exact_leaves[1], impl="reference")
+    exact = (y, *torch.autograd.grad(y, exact_leaves, few[1]))
+    part = [x[:2048].detach().requires_grad_(), weight]
+    out = calls["visionfuse"](*part)
+    got = (out, *torch.autograd.grad(out, part, grad[:2048]))
+    errors = [
+        ((p.double() - q).abs().sum() / q.abs().sum()).item()
+        for p, q in zip(got, exact, strict=True)
+    ]
+    if device.type == "cuda" and not max(errors) <= MOST_ERROR["layer"]:
+        raise RuntimeError(
+            f"Wrong on {shape}: {errors}, at most {MOST_ERROR['layer']} is expected."
+        )
+    found = []
+    flops = 2 * rows * 8 * channels * outputs
+    for direction, products in (("forward", 1), ("backward", 2)):
+        timed: dict[str, Callable[[], object]] = {}
+        for key, call in calls.items():
+            if direction == "forward":
+                timed[key] = partial(_without_gradient, call, *leaves)
+            else:
+                timed[key] = partial(
+                    torch.autograd.grad, call(*leaves), leaves, grad, retain_graph=True
+                )
+        times = time_in_turns(timed, device=device, seconds=seconds)
+        for key, timing in times.items():
+            row = Row(
+                suite=suite, case=f"KAN layer {shape} bfloat16", impl=key, direction=direction,
+                ms=timing.ms, ms_p20=timing.ms_p20, ms_p80=timing.ms_p80,
+                note=f"{products * flops / timing.ms * 1e-9:.0f} TFLOPS",
+            )  # fmt: skip
+            if key == "visionfuse":
+                row.baseline, row.speedup = "formula", times["formula"].ms / timing.ms
+                row.rel_l1 = errors[0] if direction == "forward" else max(errors[1:])
+            found.append(row)
+    return found
+
+
+def _without_gradient(call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    with torch.no_grad():
+        return call(*inputs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--csv", type=Path, default=Path("assets/bench/medvit.csv"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda",
+                        help="cpu: tiny cases, to try the script")  # fmt: skip
+    parser.add_argument("--models", nargs="*", default=["medvit_small"], choices=NAMES)
+    parser.add_argument("--layer", action="store_true", help="the KAN layer alone, too")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--commit", default="", help="where the tree is a copy without git")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU here; --device cpu tries the script")
+    seconds = 0.05 if arguments.quick else 0.5
+    options: Any = {"suite": arguments.csv.stem, "device": device, "seconds": seconds}
+    sizes: Any = {"batch": arguments.batch}
+    layers = LAYERS
+    if device.type == "cpu":
+        sizes, layers, options["seconds"] = (
+            {"batch": 2, "side": 32, "most": 1},
+            ((64, 16, 32),),
+            0.0,
+        )
+    runs: list[Callable[[], list[Row]]] = [
+        partial(measure_layer, shape, **options) for shape in layers if arguments.layer
+    ]
+    for name in arguments.models:
+        if device.type == "cuda":
+            compare(name, device)
+        for prepare in (inference, training):
+            ways = {way: partial(build, name, way) for way in WAYS}
+            runs.append(partial(
+                measure_models, name, ways, prepare, compiled=arguments.compiled, **sizes, **options
+            ))  # fmt: skip
+    rows: list[Row] = []
+    for run in runs:
+        measured = run()
+        update_csv(measured, arguments.csv, commit=arguments.commit)
+        rows += measured
+    show_rows(rows, title=f"MedViTV2 on {arguments.device}")
+    print(f"Wrote {arguments.csv}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Routing: the attention calls of a processor come to us, whichever way it makes them.
+
+A processor (or an attention module of timm) computes queries, keys and values, calls diffusers'
+`dispatch_attention_fn` or `F.scaled_dot_product_attention`, and projects the result. A routed one is the
+same object with the same code, in which these two names mean ours: its class becomes a subclass whose
+method has the stock byte code and other globals. So no processor is copied, nothing global changes, other
+layers and threads never notice, and an eager call costs a few views more. Compiled graphs are guarded by the
+class of the processor: stock and routed ones keep their own graphs, and every variant has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from types import FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .context import ACTIVE
+from .kernels.attention import block_sparse_attention
+
+if TYPE_CHECKING:
+    from .kernels.plan import BlockPlan
+
+ATTENTIONS = ("dispatch_attention_fn", "scaled_dot_product_attention")
+
+
+def refusal(layer: Any) -> str:
+    """Why a processor or module cannot be routed; empty if it can."""
+    name = f"{type(layer).__name__} does not call {' or '.join(ATTENTIONS)} itself"
+    if getattr(layer, "fused_attn", True) is False:  # timm without F.scaled_dot_product_attention
+        return f"{type(layer).__name__} has fused_attn=False; call timm.layers.set_fused_attn(True) before"
+    code = getattr(_method(type(layer)), "__code__", None) if callable(layer) else None
+    return "" if code is not None and set(ATTENTIONS) & set(code.co_names) else name
+
+
+def route(layer: Any, variant: int = 0) -> Callable[[], None]:
+    """Send the attention calls of a processor or module to `ACTIVE.variants[variant]`. Returns the undoing.
+
+    A processor that several layers share is routed once; their other attention goes on as before.
+    """
+    return become(layer, lambda own: _routed(own, variant))
+
+
+def become(layer: Any, subclass: Callable[[type], type]) -> Callable[[], None]:
+    """Turn an object into one of `subclass(its class)`, unless it is routed already. Returns the undoing."""
+    own = type(layer)
+    if hasattr(own, "_visionfuse_stock"):
+        return lambda: None
+    object.__setattr__(layer, "__class__", subclass(own))
+    return lambda: restore(layer)
+
+
+def restore(layer: Any) -> None:
+    """Give a routed object its own class back."""
+    object.__setattr__(layer, "__class__", getattr(type(layer), "_visionfuse_stock", type(layer)))
+
+
+def own_backend(processor: Any) -> str:
+    """The name of the diffusers backend that the processor's own attention uses, "native" by default."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    chosen = getattr(processor, "_attention_backend", None)
+    chosen = _AttentionBackendRegistry.get_active_backend()[0] if chosen is None else chosen
+    return getattr(chosen, "value", chosen)
+
+
+def _method(cls: type) -> Any:
+    """What computes: `forward` of a module that keeps the `__call__` of nn.Module, else `__call__`."""
+    plain = issubclass(cls, nn.Module) and cls.__call__ is nn.Module.__call__
+    return cls.forward if plain else cls.__call__
+
+
+# Kept, because a compiled graph is guarded by the very class and function it was made with.
+@lru_cache(maxsize=256)
+def _routed(cls: type, variant: int) -> type:
+    """The subclass of `cls` whose method calls our attention."""
+    dispatch = "dispatch_attention_fn" in _method(cls).__globals__
+    return rebound(cls, _functional(variant), _dispatch(variant) if dispatch else None)
+
+
+def rebound(
+    cls: type, sdpa: Callable[..., Tensor], dispatch: Callable[..., Tensor] | None = None
+) -> type:
+    """The subclass of `cls` whose method has the same code, in which F.scaled_dot_product_attention is `sdpa`
+    and diffusers' dispatch_attention_fn is `dispatch`."""
+    method = _method(cls)
+    functional = ModuleType("functional")
+    functional.__dict__.update(vars(F), scaled_dot_product_attention=sdpa)
+    ours: dict[str, Any] = {"F": functional}
+    if dispatch is not None:
+        ours["dispatch_attention_fn"] = dispatch
+    # Without __name__, or torch.compile would look the globals up in the module of that name. And with a
+    # code object of its own, by which torch.compile keeps graphs.
+    names = {k: v for k, v in method.__globals__.items() if k != "__name__"}
+    code = method.__code__.replace()
+    function = FunctionType(
+        code, names | ours, method.__name__, method.__defaults__, method.__closure__
+    )
+    function.__kwdefaults__ = method.__kwdefaults__
+    function.__qualname__ = method.__qualname__
+    return type(cls)(
+        cls.__name__,
+        (cls,),
+        {
+            method.__name__: function,
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "_visionfuse_stock": cls,
+            "__reduce_ex__": _stock_reduce,
+        },
+    )
+
+
+def _stock_reduce(self, protocol):
+    """Copies and pickles of a routed object are stock ones."""
+    _, arguments, *rest = super(type(self), self).__reduce_ex__(protocol)
+    # The usual `copyreg.__newobj__` insists on the object's own class.
+    return (object.__new__, (self._visionfuse_stock, *arguments[1:]), *rest)
+
+
+def _functional(variant: int) -> Callable[..., Tensor]:
+    def scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        scale=None,
+        enable_gqa=False,
+    ):
+        """As in torch.nn.functional: q, k, v (..., H, S, D) -> (..., H, S, D)."""
+
+        def own(mask):
+            out = F.scaled_dot_product_attention(
+                query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+            return out.transpose(-2, -3)
+
+        q, k, v = (x.transpose(-2, -3) for x in (query, key, value))
+        call = Call(
+            q, k, v, attn_mask, scale, plain=not is_causal and not dropout_p and q.ndim == 4
+        )
+        return _attend(variant, call, own).transpose(-2, -3)
+
+    return scaled_dot_product_attention
+
+
+def _dispatch(variant: int) -> Callable[..., Tensor]:
+    from diffusers.models import attention_dispatch
+
+    def dispatch_attention_fn(
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False,
+        attention_kwargs=None, *, backend=None, parallel_config=None,
+    ):  # fmt: skip
+        """As in diffusers: q, k, v (B, S, H, D) -> (B, S, H, D)."""
+
+        def own(mask):
+            return attention_dispatch.dispatch_attention_fn(
+                query, key, value, mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
+                backend=backend, parallel_config=parallel_config,
+            )  # fmt: skip
+
+        plain = not is_causal and not dropout_p and parallel_config is None
+        return _attend(variant, Call(query, key, value, attn_mask, scale, plain), own)
+
+    return dispatch_attention_fn
+
+
+class Call(NamedTuple):
+    """One attention call: q, k, v (B, S, H, D). plain: neither causal nor with dropout nor split over GPUs."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    scale: float | None
+    plain: bool
+
+
+def _attend(variant: int, call: Call, own: Callable[..., Tensor]) -> Tensor:
+    """The call by the active plan where it fits, else `own(mask)`, the model's own attention."""
+    q, k, v, mask, scale, plain = call
+    # No variants: no pipeline call runs, or its present step is a dense one. None: this one is dense now.
+    chosen = ACTIVE.variants[variant] if variant < len(ACTIVE.variants) else None
+    if chosen is not None:
+        plan = _fitting(chosen.plans, q.shape[1], k.shape[1])
+        if plan is not None and plain and (mask is None or ACTIVE.masked):
+            out = block_sparse_attention(
+                q, k, v, plan, scale=scale, impl=chosen.impl, precision=chosen.precision
+            )
+            return out  # pyright: ignore[reportReturnType]  (a pair only with return_lse)
+        if not plain:
+            _note("a causal attention, or with dropout, or split by context parallelism")
+        elif plan is not None:
+            _note("an attention mask was given")
+        else:
+            _note(
+                "an attention between other tokens than the plan's (IP-Adapter or cross attention)"
+            )
+    out = own(_ordered_mask(mask, q.shape[1], k.shape[1]))
+    if ACTIVE.probe is not None and plain:
+        ACTIVE.probe(q, k, v, out, scale, mask is not None)
+    return out
+
+
+def _fitting(plans: tuple[BlockPlan, ...], length_q: int, length_k: int) -> BlockPlan | None:
+    for plan in plans:
+        if plan.length_q == length_q and plan.length_k == length_k:
+            return plan
+    return None
+
+
+def _ordered_mask(mask: Tensor | None, length_q: int, length_k: int) -> Tensor | None:
+    """A mask is given in the model's order; the tokens may lie in another."""
+    order = ACTIVE.permutation
+    if mask is None or order is None:
+        return mask
+    if length_k == order.shape[0] and mask.shape[-1] == length_k:
+        mask = mask.index_select(-1, order)
+    if length_q == order.shape[0] and mask.ndim >= 2 and mask.shape[-2] == length_q:
+        mask = mask.index_select(-2, order)
+    return mask
+
+
+@torch.compiler.assume_constant_result
+def _note(reason: str) -> None:
+    # In a compiled graph this runs once, while it is traced: counting there would be a side effect
+    # on a guarded object, hence a recompilation for every count.
+    ACTIVE.notes[reason] = ACTIVE.notes.get(reason, 0) + 1
