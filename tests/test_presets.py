@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from visionfuse.kernels.plan import Neighborhood
 from visionfuse.presets import PRESETS, preset
+from visionfuse.recipes import build
 
 GRIDS = {2: st.tuples(*[st.integers(4, 300)] * 2), 3: st.tuples(*[st.integers(2, 100)] * 3)}
 
@@ -56,3 +58,19 @@ def test_windows_keep_their_share_of_the_grid():
     assert found.window == (20, 24, 24)  # 18/30 of 33 frames, 24/48 of 45 rows in strides of 8
     assert found.stride == (16, 8, 8)
     assert "scaled from 30x48x80" in found.describe()
+
+
+def test_gna_takes_a_preset_by_name():
+    recipe = build("gna", preset="flux.1 4k")
+    assert recipe.plan == Neighborhood(window=(80, 80), stride=(16, 16))
+    assert recipe.schedule.first_step(28) == 9
+    changed = build("gna", preset="HunyuanVideo 720p", stride=(1, 8, 8), dense_steps=4)
+    assert changed.plan == Neighborhood(window=(18, 24, 24), stride=(1, 8, 8))
+    assert changed.schedule.first_step(50) == 4
+    by_density = build("gna", preset="FLUX.1 4K", density=0.5)
+    assert by_density.plan == build("gna", density=0.5).plan
+
+
+def test_an_unknown_preset_names_the_choices():
+    with pytest.raises(ValueError, match=r"no preset 'FLUX 4K'.*'FLUX.1 4K' \(paper\)"):
+        build("gna", preset="FLUX 4K")

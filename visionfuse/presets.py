@@ -77,6 +77,15 @@ PRESETS = (
 )  # fmt: skip
 
 
+def named(name: str) -> Preset:
+    """The preset of that name, for its own grid. Raises ValueError with all names."""
+    for found in PRESETS:
+        if found.name.lower() == name.lower():
+            return found
+    known = ", ".join(f"{p.name!r} ({p.source})" for p in PRESETS)
+    raise ValueError(f"There is no preset {name!r}. Choose from {known}.")
+
+
 def preset(model: str, grid: tuple[int, ...]) -> Preset | None:
     """The preset of a denoiser class for the nearest grid, carried over to this one by proportion.
 

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 
+from . import presets
 from .kernels.order import Order
 from .kernels.order.curves import OrderKind
 from .kernels.plan import Dense, Neighborhood
@@ -90,6 +91,7 @@ def gna(
     dense_steps: int | None = None,
     dense_layers: int | tuple[int, ...] = (),
     min_steps: int | None = None,
+    preset: str | None = None,
 ) -> Recipe:
     """Generalized neighborhood attention (arXiv 2504.16922).
 
@@ -100,9 +102,19 @@ def gna(
     min_steps: shorter runs stay dense; 9, or 0 when dense_start or dense_steps asks for a plan.
     precision: the format of the steps that follow the plan, "fp8" or "int8_fp8" for example; the dense
         ones stay the model's own attention.
+    preset: a name of `visionfuse.presets`, such as "FLUX.1 4K": its window and stride where neither window
+        nor density is given, and its dense_start. "Simulated" ones are fast by prediction; what they do to a picture was not measured.
 
     The paper's setting for FLUX at 4096 x 4096 is window=(80, 80), stride=(16, 16), dense_steps=9.
     """
+    if preset is not None:
+        found = presets.named(preset)
+        if density is None and window is None:
+            window = found.window
+            stride = found.stride if stride is None else stride
+        if dense_start is None and dense_steps is None:
+            dense_start = found.dense_start
+            min_steps = Schedule().min_steps if min_steps is None else min_steps
     if window is not None and density is not None:
         raise ValueError(
             f"Give either window or density, got window={window} and density={density}."
