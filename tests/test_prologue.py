@@ -14,6 +14,7 @@ from visionfuse.kernels.attention.prologue import (
     PrologueSpec,
     dequantized,
     launch,
+    mean_step,
     prologue,
     reference,
 )
@@ -165,6 +166,16 @@ def test_queries_and_keys_of_different_length():
     (_, k, v), _ = inputs(length=90, batch=1)
     check((q, k, v), INT8, norm_q=options["norm_q"], norm_k=options["norm_k"])
     check((k, q[:, :, :1], q[:, :, 1:2]), INT8)
+
+
+@pytest.mark.parametrize(("length", "step"), [(2047, 1), (2050, 2), (9001, 8)])
+def test_the_mean_is_over_every_few_of_many_tokens(length, step):
+    (q, k, v), options = inputs(length=length, batch=1, heads=1, kv_heads=1, dim=16)
+    tensors, options = (q[:, :5], k + 3.0, v), {"norm_k": options["norm_k"]}
+    got = check(tensors, PrologueSpec(qk="int8", smooth_k=True), **options)
+    assert mean_step(length) == step
+    normed = torch.nn.functional.rms_norm(tensors[1], (16,), options["norm_k"], 1e-6)[:, ::step]
+    torch.testing.assert_close(got.k_mean, normed.mean(1), rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True,

@@ -14,8 +14,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from visionfuse.bench.attention_command import attention
-from visionfuse.bench.command import engine
+from visionfuse.bench.command import engine, neighborhood, sage
 from visionfuse.calibrate import calibrate
+from visionfuse.demos.command import demo
+from visionfuse.profile.command import profile
 from visionfuse.simulate.command import simulate
 from visionfuse.tune import tune
 
@@ -336,7 +338,11 @@ def plan(
 
 bench.command()(attention)
 bench.command()(engine)
+bench.command()(neighborhood)
+bench.command()(sage)
 app.command()(calibrate)
+app.command()(demo)
+app.command()(profile)
 app.command()(simulate)
 app.command()(tune)
 

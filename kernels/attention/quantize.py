@@ -17,8 +17,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..plan.block_plan import BlockPlan
 from ..plan.runs import cut
-from .precision import SCALES, Groups, Precision
-from .prologue import FORMATS, TINY
+from .key_slots import slot_width
+from .precision import SCALES, TILE, Groups, Precision
+from .prologue import FORMATS, TINY, mean_step
 
 
 class Rounded(NamedTuple):
@@ -51,7 +52,7 @@ def rounded(
         q = without_tile_means(q, q_mean, plan)
     x, y, z = q.double(), k.double(), v.double()
     if precision.smooth_k:
-        k_mean = y.mean(1, keepdim=True)
+        k_mean = y[:, :: mean_step(y.shape[1])].mean(1, keepdim=True)
         y = y - k_mean
     if precision.smooth_v:
         v_mean = z.mean(1, keepdim=True)
@@ -59,11 +60,15 @@ def rounded(
     z = _rounded_channels(z, precision.pv)
     y, z = ordered(y, key_order), ordered(z, key_order)
     if precision.qk != "model":
-        of_q, of_k = SCALES[precision.q_scale][0], SCALES[precision.k_scale][1]
-        x, y = (
-            dequantized(*quantized_tokens(t, precision.qk, groups), groups)
-            for t, groups in ((x, of_q), (y, of_k))
-        )
+        if precision.q_scale == TILE:
+            x = dequantized(*quantized_tiles(x, precision.qk, plan), Groups(1))
+        else:
+            groups = SCALES[precision.q_scale][0]
+            x = dequantized(*quantized_tokens(x, precision.qk, groups), groups)
+        # In slots, a slot holds the keys of one entry.
+        by_entry = precision.k_scale == TILE
+        groups = Groups(slot_width(plan.block_k)) if by_entry else SCALES[precision.k_scale][1]
+        y = dequantized(*quantized_tokens(y, precision.qk, groups), groups)
     return Rounded(x, y, z, q_mean.double(), k_mean, v_mean)
 
 
@@ -81,15 +86,33 @@ def quantized_tokens(x: Tensor, format: str, groups: Groups) -> tuple[Tensor, Te
     Codes (B, S, H, D) are int8 ("int8", "int4": -7 .. 7) or float8_e4m3fn; scales (B, H, groups) are above
     zero and in x's dtype. A group of zeros has codes of zero.
     """
-    dtype, largest = FORMATS[format]
-    top = x.abs().amax(-1).transpose(1, 2)  # [B, H, S]
-    group = group_of(groups, x.shape[1], x.device)
     tiles = 1 if groups.tile is None else -(-x.shape[1] // groups.tile)
-    empty = top.new_zeros(*top.shape[:2], tiles * groups.groups)
-    top = empty.scatter_reduce(2, group.expand_as(top), top, "amax")
-    scale = top.clamp(min=TINY) / largest
-    codes = x / _by_token(scale, groups, x.shape[1])
-    return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
+    scale = _scales(x, format, group_of(groups, x.shape[1], x.device), tiles * groups.groups)
+    return _codes(x, format, _by_token(scale, groups, x.shape[1])), scale
+
+
+def quantized_tiles(x: Tensor, format: str, plan: BlockPlan) -> tuple[Tensor, Tensor]:
+    """The same of queries x (B, S_q, H, D) that share the scale of their tile of the plan; scales are (B, H, S_q),
+    that of its tile for every query. Those in no tile share one."""
+    tile = _tile_members(plan)[2]
+    scale = _scales(x, format, tile, plan.tiles + 1)[..., tile]
+    return _codes(x, format, scale.transpose(1, 2)[..., None]), scale
+
+
+def _scales(x: Tensor, format: str, group: Tensor, groups: int) -> Tensor:
+    """Of x (B, S, H, D) in groups of tokens, int64 [S]: (B, H, groups)."""
+    top = x.abs().amax(-1).transpose(1, 2)  # [B, H, S]
+    empty = top.new_zeros(*top.shape[:2], groups)
+    return (
+        empty.scatter_reduce(2, group.expand_as(top), top, "amax").clamp(min=TINY)
+        / FORMATS[format][1]
+    )
+
+
+def _codes(x: Tensor, format: str, scale: Tensor) -> Tensor:
+    dtype = FORMATS[format][0]
+    codes = x / scale
+    return (codes.round() if dtype == torch.int8 else codes).to(dtype)
 
 
 def dequantized(codes: Tensor, scale: Tensor, groups: Groups) -> Tensor:

@@ -1,7 +1,7 @@
-"""What is asked of the engine on one H200, line by line, and the table that says what was measured.
+"""What is asked of every suite on one H200, line by line, and the table that says what was measured.
 
-A bar is the least `speedup` of rows of assets/bench/engine.csv; where it covers several rows (all recipes of
-the prologue) the worst counts. LIMITS says of a line that was not reached what limits it.
+A bar is the least `speedup`, or the largest error, of rows of assets/bench/SUITE.csv; where it covers several rows (all
+recipes of the prologue) the worst counts. LIMITS says of a line that was not reached what limits it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import gradients, neighborhood_cases, sage_cases
 from .engine_cases import LISTS, WORKS
 
 _CASE = {work.key: work.name for work in WORKS}
@@ -17,24 +18,54 @@ _CASE = {work.key: work.name for work in WORKS}
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """key: in LIMITS. work: as the table says it. recipes: empty for all; least: of their `speedup`."""
+    """key: in LIMITS. work: as the table says it. recipes: empty for all.
+
+    least: of their `speedup`; most: of their relative L1 error instead. of: (case, recipe), what a value is
+    divided by. ratio: it is shown as a share. group: the key of `Suite.more` that measures it.
+    """
 
     key: str
     work: str
     case: str
-    least: float
+    least: float = 0.0
+    most: float = 0.0
     impl: str = "gluon_sm90"
     recipes: tuple[str, ...] = ("bf16",)
-    ratio: bool = False  # a share of something, not a speed-up
+    of: tuple[str, str] | None = None
+    ratio: bool = False
+    group: str = ""
 
     def rows(self, rows: list[dict[str, str]]) -> list[dict[str, str]]:
         return [
             row
             for row in rows
             if row["case"] == self.case
-            and row["impl"] == self.impl
+            and (not self.impl or row["impl"] == self.impl)
             and (not self.recipes or row["recipe"] in self.recipes)
         ]
+
+    @property
+    def asked(self) -> str:
+        return (
+            f"at most {self.text(self.most)}" if self.most else f"at least {self.text(self.least)}"
+        )
+
+    def value(self, row: dict[str, str], rows: list[dict[str, str]]) -> float | None:
+        column = "rel_l1" if self.most else "speedup"
+        if not row[column]:
+            return None
+        if self.of is None:
+            return float(row[column])
+        others = [r for r in rows if (r["case"], r["recipe"]) == self.of and r[column]]
+        return float(row[column]) / float(others[0][column]) if others else None
+
+    def reached(self, value: float) -> bool:
+        return value <= self.most if self.most else value >= self.least
+
+    def text(self, value: float) -> str:
+        if self.most and self.of is None:
+            return f"{value:.3g}"
+        return f"{value:.1%}" if self.ratio else f"{value:.4g}x"
 
 
 def _kernel(key: str, recipe: str, least: float) -> Bar:
@@ -50,7 +81,7 @@ def _masked(key: str, recipe: str, least: float, what: str) -> Bar:
 
 _PER_PAIR = f"visible pairs a second, against {LISTS}"
 _PER_TILE = f"speed per visited block, against {LISTS}"
-BARS = (
+_ENGINE = (
     _kernel("4608", "bf16", 1.0),
     _kernel("16896", "bf16", 1.10),
     _kernel("75600", "bf16", 1.18),
@@ -74,6 +105,7 @@ BARS = (
     *(_masked(key, "bf16", 0.85, _PER_TILE) for key in ("flux", "hunyuan-18", "hunyuan-30")),
     *(
         Bar(key=f"prologue {name}", case=f"prologue, {case}", impl="prologue", recipes=(), least=0.75,
+            group="prologue",
             ratio=True, work=f"prologue, {name} tokens: share of the speed of a copy, the worst of its forms")
         for name, case in (
             ("16,896", "FLUX 2K, 16896 tokens, 24 heads of 128"),
@@ -86,6 +118,76 @@ BARS = (
         for key in ("16896", "75600", "d64")
     ),
 )  # fmt: skip
+
+_OWN = {work.key: work.name for work in neighborhood_cases.WORKS}
+# NATTEN 0.21.7 with its best tiles, its permutations included, times dense cuDNN (one H200).
+_NATTEN = {"flux": 4.86, "hunyuan-16": 10.31, "hunyuan-8": 6.90, "hunyuan": 3.60, "hunyuan-32": 2.33, "wan": 2.96,
+           "wan-8": 5.58, "ltx": 14.8, "vit-32": 3.4 * 0.459 / 0.662, "vit-64": 2.6 * 0.615 / 0.874}  # fmt: skip
+
+
+def _window(key: str, least: float, natten: float = 0.0) -> Bar:
+    more = f": {natten:g} times NATTEN" if natten else ""
+    return Bar(key=f"{key} bf16", case=_OWN[key], impl="", least=natten * _NATTEN[key] if natten else least,
+               work=f"{_OWN[key]}, bf16{more}")  # fmt: skip
+
+
+def _rounded(key: str, least: float) -> Bar:
+    return Bar(key=f"{key} 8 bits", case=_OWN[key], impl="", recipes=("fp8",), least=least, of=(_OWN[key], "bf16"),
+               work=f"{_OWN[key]}, fp8 against bf16")  # fmt: skip
+
+
+_NEIGHBORHOOD = (
+    _window("flux-16", 10),
+    *(
+        _window(key, 0, natten)
+        for key, natten in (
+            ("flux", 1.45), ("hunyuan-16", 1.1), ("hunyuan-8", 1.5), ("hunyuan", 1.35), ("hunyuan-32", 1.12),
+            ("wan", 1.5), ("wan-8", 1.5), ("ltx", 1.3), ("vit-32", 1.5), ("vit-64", 1.5),
+        )
+    ),
+    _window("wan-90", 9),
+    _window("wan-480-90", 9),
+    *(_rounded(key, 1.3) for key in ("flux-16", "hunyuan-16", "hunyuan-8", "hunyuan-32", "wan-8")),
+    *(_rounded(key, 1.15) for key in ("flux", "hunyuan", "wan")),
+    *(
+        Bar(key=case.name, case=case.name, impl="visionfuse", least=0.56 if "dense" in case.name else 0.5,
+            group="gradients", work=f"{case.name}: rate against dense gradients by cuDNN")
+        for case in gradients.CASES
+    ),
+)  # fmt: skip
+
+_SAGE_CASE = {work.key: work.name for work in sage_cases.WORKS}
+
+
+def _sage(key: str, recipe: str, least: float) -> Bar:
+    return Bar(key=f"{key} {recipe}", case=_SAGE_CASE[key], impl="", recipes=(recipe,), least=least,
+               work=f"{_SAGE_CASE[key]}, {recipe}, all in")  # fmt: skip
+
+
+def _error(offset: int, recipe: str, most: float, of: tuple[int, str] | None = None) -> Bar:
+    other = None if of is None else (sage_cases.case_of(of[0]), of[1])
+    said = f": against {other[1]}, {other[0].partition(', ')[2]}" if other else ""
+    return Bar(key=f"error {offset} {recipe} {of}", case=sage_cases.case_of(offset), impl="", recipes=(recipe,),
+               most=most, of=other, group="accuracy", work=f"{sage_cases.case_of(offset)}, {recipe}{said}")  # fmt: skip
+
+
+_SAGE = (
+    _sage("4608", "int8_fp8", 1.05),
+    _sage("16896", "int8_fp8", 1.35),
+    _sage("32760", "int8_fp8", 1.45),
+    _sage("75600", "int8_fp8", 1.5),
+    _sage("16896", "int8", 1.15),
+    _error(0, "int8_fp8", 0.0385),
+    _error(0, "int8", 0.015),
+    *(
+        _error(offset, name, 1.1, (0, name))
+        for offset in (10, 50)
+        for name in ("int8_fp8+smooth_q", "int8+smooth_q")
+    ),
+    *(_error(offset, "int4+smooth_q", 0.22) for offset in (10, 50)),
+    *(_error(offset, "int4+smooth_q", 0.5, (offset, "int4")) for offset in (10, 50)),
+)
+BARS = {"engine": _ENGINE, "neighborhood": _NEIGHBORHOOD, "sage": _SAGE}
 
 # What limits a line that was not reached, by its key; shown only there.
 _POWER = "700 W: the SM clock falls to 1,620 to 1,890 MHz, see the notes of the CSV"
@@ -134,27 +236,22 @@ def bars_table(path: Path) -> str:
         "| work | measured | bar | reached | error | if not: what limits it |",
         "|---|--:|--:|---|--:|---|",
     ]
-    lines += ["| " + " | ".join(_cells(bar, rows)) + " |" for bar in BARS]
+    lines += ["| " + " | ".join(_cells(bar, rows)) + " |" for bar in BARS[path.stem]]
     return "\n".join(lines) + "\n"
 
 
 def _cells(bar: Bar, rows: list[dict[str, str]]) -> tuple[str, ...]:
     found = bar.rows(rows)
-    timed = [row for row in found if row["speedup"]]
-    asked = _text(bar.least, bar.ratio)
-    if not timed:
+    values = {
+        i: value for i, row in enumerate(found) if (value := bar.value(row, rows)) is not None
+    }
+    if not values:
         why = found[0]["note"] if found else "not measured"
-        return bar.work, "", asked, "no", "", why
-    worst = min(timed, key=lambda row: float(row["speedup"]))
-    value = float(worst["speedup"])
-    reached = value >= bar.least
+        return bar.work, "", bar.asked, "no", "", why
+    index = (max if bar.most else min)(values, key=values.__getitem__)
+    worst, value = found[index], values[index]
     error = f"{float(worst['rel_l1']):.2g}" if worst["rel_l1"] else ""
-    limit = "" if reached else LIMITS.get(bar.key, "")
+    limit = "" if bar.reached(value) else LIMITS.get(bar.key, "")
     if not bar.recipes:
         limit = "; ".join(filter(None, (f"worst: {worst['recipe']}", limit)))
-    measured = _text(value, bar.ratio)
-    return bar.work, measured, asked, "yes" if reached else "no", error, limit
-
-
-def _text(value: float, ratio: bool) -> str:
-    return f"{value:.1%}" if ratio else f"{value:.4g}x"
+    return bar.work, bar.text(value), bar.asked, "yes" if bar.reached(value) else "no", error, limit

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from math import prod
 
+import torch
 from torch import Tensor
 
 from ..kernels.attention import key_slots
@@ -22,68 +22,11 @@ from .attention import visible_keys
 from .block_lists import BLOCK_K, all_keys, band_of, block_list, list_visible
 from .cases import BASELINE, Case, tiles
 from .peers import PEERS
+from .suite import Candidate, Suite, Work
+from .table import Row
 
 EIGHT_BITS = ("fp8", "int8_fp8", "fp8, all in", "int8_fp8, all in")
 LISTS = "whole blocks"  # the impl of rows of unmasked lists, that masked plans are compared with
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """One attention call and how it is computed. key: for --only. length: tokens, of no grid.
-
-    keys: a rule on block numbers. rule: a window on a grid, instead. share: what a speed-up of a window is
-    a ratio of, per second: "visible" pairs, or pairs of visited "tiles", each counted as a whole block.
-    recipes: "bf16", "fp8", "int8_fp8" are kernels alone; with ", all in" the time goes from bf16 q, k, v to
-    bf16 out. portable: recipes of the Triton kernel.
-    """
-
-    key: str
-    name: str
-    heads: int
-    head_dim: int
-    recipes: tuple[str, ...]
-    length: int = 0
-    batch: int = 1
-    keys: Callable = all_keys
-    rule: Neighborhood | None = None
-    grid: tuple[int, ...] = ()
-    share: str = "visible"
-    portable: tuple[str, ...] = ()
-    impl: str = "gluon_sm90"
-
-    @property
-    def tokens(self) -> int:
-        return prod(self.grid) if self.rule else self.length
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return self.batch, self.tokens, self.heads, self.head_dim
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """call() -> (B, S, H, D); `inverse` brings its tokens back into the model's order.
-
-    visible: the keys that queries see, None: all. visited: share of all pairs in visited blocks.
-    baseline: the name of the candidate that it is compared with; work: what is done, in the unit of the
-    comparison, so that its speed-up is work / time over that of the baseline.
-    """
-
-    impl: str
-    recipe: str
-    call: Callable[[], Tensor]
-    reasons: list[str]
-    note: str
-    visible: Callable[[Tensor], Tensor] | None = None
-    density: float = 1.0
-    visited: float = 1.0
-    baseline: str = BASELINE
-    work: float = 1.0
-    inverse: Tensor | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.impl}, {self.recipe}" if self.recipe else self.impl
 
 
 def candidates(work: Work, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Candidate]:
@@ -240,3 +183,25 @@ TINY = (
     Work(key="tiny-window", name="tiny, window 8", grid=(24, 24), heads=2, head_dim=64, impl="blocks",
          rule=Neighborhood(window=8, stride=4), recipes=("fp32", "int8_fp8, all in")),
 )  # fmt: skip
+
+
+def prologue_rows(device: torch.device, seconds: float) -> list[Row]:
+    """The prologue's share of the bandwidth of a copy, at 16,896 and at 75,600 tokens."""
+    from .prologue import CASES, measure
+    from .prologue import Case as Prologue
+
+    wan = Prologue(
+        name="75600 tokens, 12 heads of 128", batch=1, length=75600, heads=12, head_dim=128
+    )
+    rows = []
+    for case in (CASES[0], wan):
+        found = measure(
+            case, suite="engine", device=device, seconds=min(seconds, 0.1), halves=False
+        )
+        rows += [replace(row, case=f"prologue, {row.case}") for row in found if row.impl != "torch"]
+    return rows
+
+
+ENGINE = Suite(
+    name="engine", works=WORKS, tiny=TINY, make=candidates, more={"prologue": prologue_rows}
+)

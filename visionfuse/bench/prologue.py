@@ -8,12 +8,12 @@ elements Nq = B S H D and Nk = B S Hk D of e = 2 bytes (bf16) and codes of c byt
     rotary      8 S D, 8 S D / 2 with --halves      cos and sin in fp32, once
     order       8 S                                 int64
     scales      4 B (H ceil(S / q_rows) + Hk ceil(S / k_rows))
-    smoothing   e Nk + the table again              the mean needs all of K before the first key is written
+    smoothing   an eighth of e Nk + the table       the mean of every 8th key, before the first one is written
     V in fp8    (2 e + 1) Nk + 4 B Hk D             the scale of a channel needs all of V; S padded to 128
     V in order  2 e Nk                              0 without an order: V is not touched
     norm        e (Nq + Nk)                         over all heads: a token has to be read before its first head
 
-That is 4 + 4 bytes for an element of Q and K in bf16, and in int8 with smoothing and fp8 V 3 for one of Q, 5
+That is 4 + 4 bytes for an element of Q and K in bf16, and in int8 with smoothing and fp8 V 3 for one of Q, 3.25
 for one of K and 5 for one of V. Weights, means and partial results are below 1% and not counted.
 
 rel_l1 and cosine compare what the operands of one head stand for with float64, the worst of q, k and v; an
@@ -38,6 +38,7 @@ from ..kernels.attention.prologue import (
     Operands,
     PrologueSpec,
     dequantized,
+    mean_step,
     prologue,
     reference,
 )
@@ -96,7 +97,7 @@ def required_bytes(
         blocks_q, blocks_k = -(-case.length // spec.q_rows), -(-case.length // spec.k_rows)
         total += 4 * case.batch * (case.heads * blocks_q + kv_heads * blocks_k)
     if spec.smooth_k:
-        total += e * n_k + table
+        total += (e * n_k + table) // (1 if across else mean_step(case.length))
     if spec.v == "fp8":
         padded = case.length
         if spec.v_layout != "tokens":

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...plan.block_plan import BlockPlan
 from ..bias import BlockBias
 from ..prologue import SWAPPED, Operands
-from .host import BLOCK_K, Scales, launch, reasons_against
+from .host import BLOCK_K, ROW_STEP, Scales, entries_start_at, launch, reasons_against
 
 MAX_8BIT_VALUES_DIM = 128  # at 256 the two accumulators do not fit into registers
 SWAPPED_TOKENS = len(SWAPPED)
@@ -51,12 +50,15 @@ def unsupported(x: Operands, plan: BlockPlan) -> list[str]:
         if tuple(tensor.shape) != shape
     ]
     if x.k_scale.shape[2:] == (plan.length_k,):
-        if x.v_scale is not None and not _start_at(plan, SWAPPED_TOKENS):
-            reasons.append(
-                f"key blocks of the plan must start at multiples of {SWAPPED_TOKENS}, inside which stored "
-                "values have another order"
+        step = ROW_STEP if x.v_scale is None else SWAPPED_TOKENS
+        if not entries_start_at(plan, step):
+            why = (
+                "TMA reads no rows of scales" if x.v_scale is None else "values have another order"
             )
-    elif not _start_at(plan, BLOCK_K):
+            reasons.append(
+                f"key blocks of the plan must start at multiples of {step}, inside which {why}"
+            )
+    elif not entries_start_at(plan, BLOCK_K):
         reasons.append(
             f"key blocks of the plan must start at multiples of {BLOCK_K}, where blocks of key scales do"
         )
@@ -97,16 +99,3 @@ def _expected_shapes(x: Operands, plan: BlockPlan):
     else:
         yield "v", x.v, (batch, kv_heads, dim, blocks * BLOCK_K)
         yield "v_scale", x.v_scale, (batch, kv_heads, dim)
-
-
-# Whether entries start at multiples of a number, by the tensor that identifies a plan.
-_starts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _start_at(plan: BlockPlan, multiple: int) -> bool:
-    """The first call for a plan waits for the device, once."""
-    known = _starts.setdefault(plan.full.offset, {})
-    if multiple not in known:
-        starts = torch.cat([plan.full.start, plan.partial.start])
-        known[multiple] = not bool((starts % multiple).any())
-    return known[multiple]

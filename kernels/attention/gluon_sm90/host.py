@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -21,6 +22,8 @@ from .work import deal
 
 ROWS = 64  # queries of a warpgroup, the M of wgmma
 BLOCK_K = 128
+# TMA begins to read along a row at multiples of 16 bytes: elsewhere the instruction is illegal.
+ROW_STEP = 4  # numbers of a row
 MAX_GROUPS = 3  # consumer warpgroups
 MAX_HEAD_DIM = 256
 _TYPES = {
@@ -88,6 +91,11 @@ def launch(
     parts = split.buffers(work, groups * ROWS, head_dim) if work.slots else None
     blocks = 0 if scales is None else scales.k.shape[2]
     k_rows = blocks > -(-plan.length_k // BLOCK_K)
+    if (k_rows or bias is not None) and not entries_start_at(plan, ROW_STEP):
+        raise ValueError(
+            f"With rows of numbers a key (a bias or scales) the key blocks of a plan must start at multiples of "
+            f"{ROW_STEP}."
+        )
     spec = _spec(
         head_dim, groups, q.element_size(), v.element_size(), scales is not None, k_rows,
         q.dtype == torch.int8, bias is not None, most is not None, masked,
@@ -112,10 +120,23 @@ def launch(
             plan.partial.offset, plan.partial.start, mask, bits,
             length, heads, heads // k.shape[2], plan.tiles, plan.variants,
             blocks, plan.block_q, scale / math.log(2.0),
-            SPEC=spec, num_warps=4, maxnreg=_REGISTERS[groups][0],
+            SPEC=spec, num_warps=4, maxnreg=_REGISTERS[groups][0], launch_pdl=True,
         )  # fmt: skip
         if parts is not None:
             split.combine(work, plan, parts, out, lse)
+
+
+# Whether entries start at multiples of a number, by the tensor that identifies a plan.
+_starts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def entries_start_at(plan: BlockPlan, multiple: int) -> bool:
+    """The first call for a plan waits for the device, once."""
+    known = _starts.setdefault(plan.full.offset, {})
+    if multiple not in known:
+        starts = torch.cat([plan.full.start, plan.partial.start])
+        known[multiple] = not bool((starts % multiple).any())
+    return known[multiple]
 
 
 @lru_cache(maxsize=256)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import FORMATS, PrologueSpec
+from . import FORMATS, PrologueSpec, mean_step
 from .kernel import INTERPRETED, first_kernel, norms_kernel, rows_kernel, value_kernel
 
 
@@ -176,11 +176,16 @@ def plan_launches(
         launches.append(norms_launch(*normed, eps=spec.eps, early=early))
     totals = Totals()
     if k_mean is not None or v_scale is not None:
+        # Norms over all heads are read by token: then the mean is over all of them, too.
+        step = 1 if _across(key) else mean_step(key.length)
         totals = _totals(
-            key if k_mean is not None else NOTHING, value if v_scale is not None else NOTHING, float32
-        )  # fmt: skip
+            _every(step, key) if k_mean is not None else NOTHING,
+            value if v_scale is not None else NOTHING,
+            float32,
+        )
+        angles = tables and tables._replace(cos_s=tables.cos_s * step, sin_s=tables.sin_s * step)
         follows = early and bool(launches)
-        launches.append(first_launch(totals, tables, eps=spec.eps, early=early, follows=follows))
+        launches.append(first_launch(totals, angles, eps=spec.eps, early=early, follows=follows))
 
     tiles = [tile_of(rows, head_dim) for rows in (spec.q_rows, spec.k_rows)]
     together = tiles[0] == tiles[1] and _across(query) == _across(key) and k_mean is None
@@ -317,6 +322,11 @@ def _totals(k: Side, v: Side, float32: Callable) -> Totals:
         ) for x, chunk in zip((k, v), chunks, strict=True)
     )  # fmt: skip
     return Totals(k, v, *chunks)
+
+
+def _every(step: int, x: Side) -> Side:
+    """Every so many tokens of a side."""
+    return x._replace(s=x.s * step, length=_cdiv(x.length, step))
 
 
 def _chunk(x: Side) -> int:

@@ -1,4 +1,4 @@
-"""The attention engine, every line of its bar, each beside its baseline in the same run: `visionfuse bench engine`.
+"""Runs a suite: every line of its bar, each beside its baseline in the same run.
 
 Every result is compared with float64 on sampled queries before it is timed; in 16 bits it may have twice
 cuDNN's own error. The baseline runs again before each run of each candidate, so that both meet the same
@@ -9,32 +9,31 @@ with lists of as many whole blocks. `bars.py` says what is asked of every row.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
 from .accuracy import sampled_errors
 from .cases import BASELINE
 from .clocks import sampled_clocks
-from .engine_cases import TINY, WORKS, Candidate, Work, candidates
+from .suite import Candidate, Suite, Work
 from .table import Row
 from .timing import time_in_turns
 
-SUITE = "engine"
 SECONDS = {"cuda": 0.3, "cpu": 0.05}  # of measurement per candidate, besides the baseline's
 LEAST, MOST = 3, 30  # runs
 TURN_S = 0.1  # of calls without a pause: the power limit lowers the clock within milliseconds
 # Relative L1 error above which a row is refused. 16 bits: twice cuDNN's on normal data, or of that very run.
-MOST_ERROR = {"bf16": 4.6e-3, "fp32": 1e-5, "fp8": 0.08, "int8_fp8": 0.06}
-PROLOGUE = "prologue"
+MOST_ERROR = {"bf16": 4.6e-3, "fp32": 1e-5, "fp8": 0.08, "int8_fp8": 0.06, "int8": 0.02,
+              "int8_fp8+smooth_q": 0.06}  # fmt: skip
 _ERRORS = (RuntimeError, ImportError, ValueError, TypeError, AttributeError, AssertionError)
 
 
-def choose_works(device: torch.device, keys: list[str]) -> list[Work | str]:
-    """The works of these keys, in their order here; all of them without keys. "prologue" is itself."""
-    known: dict[str, Work | str] = {w.key: w for w in (WORKS if device.type == "cuda" else TINY)}
-    if device.type == "cuda":
-        known[PROLOGUE] = PROLOGUE
+def choose_works(suite: Suite, device: torch.device, keys: list[str]) -> list[Work | str]:
+    """The works of these keys, in their order here; all of them without keys. Keys of `more` are themselves."""
+    gpu = device.type == "cuda"
+    known: dict[str, Work | str] = {w.key: w for w in (suite.works if gpu else suite.tiny)}
+    if gpu:
+        known |= {key: key for key in suite.more}
     if unknown := [key for key in keys if key not in known]:
         raise ValueError(
             f"Unknown line {', '.join(map(repr, unknown))} on {device.type}. "
@@ -43,19 +42,19 @@ def choose_works(device: torch.device, keys: list[str]) -> list[Work | str]:
     return [work for key, work in known.items() if not keys or key in keys]
 
 
-def expect(work: Work | str) -> list[str]:
+def expect(suite: Suite, work: Work | str) -> list[str]:
     """What would run, a line each, and what is asked of it; nothing is allocated."""
     from .bars import BARS
 
+    bars = BARS[suite.name]
     if isinstance(work, str):
-        bars = [bar for bar in BARS if bar.impl == PROLOGUE]
-        return [f"{work}: " + "; ".join(f"{bar.work}, at least {bar.least:.0%}" for bar in bars)]
+        return [f"{work}:", *(f"  {bar.work}: {bar.asked}" for bar in bars if bar.group == work)]
     lines = [f"{work.key}: {work.name}"]
     for impl, recipes in ((work.impl, work.recipes), ("triton", work.portable)):
         for recipe in recipes:
             asked = [
                 f", at least {bar.least:g} of its baseline"
-                for bar in BARS
+                for bar in bars
                 if (bar.case, bar.impl) == (work.name, impl) and recipe in bar.recipes
             ]
             lines.append(f"  {impl} {recipe}{''.join(asked)}")
@@ -71,20 +70,20 @@ class DeviceLostError(RuntimeError):
 
 
 def run(
-    works: list[Work | str], device: torch.device, *, seconds: float | None = None
+    suite: Suite, works: list[Work | str], device: torch.device, *, seconds: float | None = None
 ) -> Iterator[list[Row]]:
     """The rows of every work, as they are measured. seconds: instead of `SECONDS`."""
     each = SECONDS[device.type] if seconds is None else seconds
     for index, work in enumerate(works):
         try:
             rows = (
-                prologue_rows(device, each)
+                suite.more[work](device, each)
                 if isinstance(work, str)
-                else measure(work, device, each)
+                else measure(suite, work, device, each)
             )
         except _ERRORS as error:  # one broken line must not cost the others their rows
             name = work if isinstance(work, str) else work.name
-            yield [Row(suite=SUITE, case=name, impl="", note=_failure(error))]
+            yield [Row(suite=suite.name, case=name, impl="", note=_failure(error))]
             if _is_lost(device):
                 rest = [w if isinstance(w, str) else w.key for w in works[index + 1 :]]
                 raise DeviceLostError(rest) from error
@@ -95,7 +94,7 @@ def run(
 
 
 @torch.no_grad()
-def measure(work: Work, device: torch.device, seconds: float) -> list[Row]:
+def measure(suite: Suite, work: Work, device: torch.device, seconds: float) -> list[Row]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = (
@@ -104,9 +103,9 @@ def measure(work: Work, device: torch.device, seconds: float) -> list[Row]:
     found: dict[str, Candidate] = {}
     rows: dict[str, Row] = {}
     most = dict(MOST_ERROR)
-    for c in candidates(work, q, k, v):
+    for c in suite.make(work, q, k, v):
         rows[c.name] = row = Row(
-            suite=SUITE, case=work.name, impl=c.impl, recipe=c.recipe, density=c.density,
+            suite=suite.name, case=work.name, impl=c.impl, recipe=c.recipe, density=c.density,
             note="; ".join(c.reasons) or c.note,
         )  # fmt: skip
         if not c.reasons and _passes(c, row, q, k, v, most):
@@ -153,18 +152,6 @@ def _passes(c: Candidate, row: Row, q, k, v, most: dict[str, float]) -> bool:
         row.note = _failure(error)
         return False
     return True
-
-
-def prologue_rows(device: torch.device, seconds: float) -> list[Row]:
-    """The prologue's share of the bandwidth of a copy, at 16,896 and at 75,600 tokens."""
-    from .prologue import CASES, Case, measure
-
-    wan = Case(name="75600 tokens, 12 heads of 128", batch=1, length=75600, heads=12, head_dim=128)
-    rows = []
-    for case in (CASES[0], wan):
-        found = measure(case, suite=SUITE, device=device, seconds=min(seconds, 0.1), halves=False)
-        rows += [replace(row, case=f"prologue, {row.case}") for row in found if row.impl != "torch"]
-    return rows
 
 
 def went_wrong(row: Row) -> bool:
