@@ -80,7 +80,7 @@ def test_older_json_loads():
         (lambda: Precision.parse("int8-q_block"), "'-q_block'"),
         (lambda: Precision(qk="int2"), "qk='int2'"),
         (lambda: Precision(pv="int8"), "pv='int8'"),
-        (lambda: Precision(qk="int8", q_scale="tile"), "q_scale='tile'"),
+        (lambda: Precision(qk="int8", q_scale="cell"), "q_scale='cell'"),
         (lambda: Precision(pv="fp8", smooth_k=True), "smooth_k.*qk='model'"),
         (lambda: Precision(qk="fp8", smooth_v=True), "smooth_v.*pv='model'"),
         (lambda: Precision(qk="fp8", smooth_q="yes"), "True or False"),

@@ -27,7 +27,7 @@ from visionfuse.kernels.attention import (
     unsupported_reasons,
 )
 from visionfuse.kernels.order import Order
-from visionfuse.kernels.plan import Dense, Neighborhood, TokenLayout, plan_attention
+from visionfuse.kernels.plan import Dense, Neighborhood, TileWindow, TokenLayout, plan_attention
 from visionfuse.testing import assert_within_budget, poisoned_memory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,6 +68,14 @@ CASES = {
     "flux-int8": (FLUX, WINDOW, None, "gluon_sm90", "int8", "bfloat16", 128, 2, 1),
     "triton-flux-int8": (FLUX, WINDOW, None, "triton", "int8", "bfloat16", 128, 2, 1),
     "triton-wan-fp8": (WAN_480P, ODD_VIDEO, None, "triton", "fp8", "float16", 64, 1, 1),
+    "wan-tiles": (WAN, TileWindow(density=0.09), None, "gluon_sm90", "fp8_tile", "bfloat16", 128, 2, 2),
+    "wan-tiles-480p": (WAN_480P, TileWindow(density=0.25), None, "gluon_sm90", "fp8_tile-smooth_k", "float16",
+                       128, 2, 1),
+    "wan-tiles-heads": (WAN_480P, TileWindow(heads=((1, 3, 3), (1, 2, 9))), None, "gluon_sm90",
+                        "int8_fp8_tile", "bfloat16", 128, 2, 2),
+    "flux-tiles": (FLUX, TileWindow(window=3, tile=(9, 14)), None, "gluon_sm90", "fp8_tile", "bfloat16", 64, 2, 1),
+    "flux-tiles-warp": (FLUX, TileWindow(density=0.3), None, "gluon_sm90", "fp8+q_warp", "bfloat16", 128, 2, 2),
+    "triton-tiles": (WAN_480P, TileWindow(density=0.25), None, "triton", "fp8_tile", "bfloat16", 64, 1, 1),
     "triton-dense": (FLUX, Dense(), None, "triton", "int8_fp8", "bfloat16", 128, 1, 1),
 }  # fmt: skip
 # A query in between two codes may fall to either side in fp32 and fp64, which happens as 16-bit numbers have

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what __getattr__ returns, for type checkers and editors
         Dense,
         Neighborhood,
         Segment,
+        TileWindow,
         TokenLayout,
         plan_attention,
     )
@@ -58,6 +59,7 @@ _EXPORTS = {
     "Report": "reporting",
     "Schedule": "schedule",
     "Segment": "kernels.plan",
+    "TileWindow": "kernels.plan",
     "TokenLayout": "kernels.plan",
     "block_sparse_attention": "kernels.attention",
     "disable": "vision",
@@ -89,6 +91,7 @@ __all__ = [
     "Report",
     "Schedule",
     "Segment",
+    "TileWindow",
     "TokenLayout",
     "__version__",
     "block_sparse_attention",

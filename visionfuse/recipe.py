@@ -4,15 +4,15 @@ recipe = Recipe(plan=Neighborhood(window=80, stride=16), schedule=Schedule(dense
 recipe.save("flux-4k.json")
 pipe.enable_visionfuse(Recipe.load("flux-4k.json"))
 
-A recipe of several variants, coarse and sparse first, then fine and dense, then in between (the three
-phases of FPSAttention, arXiv 2506.04648):
+A recipe of several variants, coarse and sparse first, then fine and dense, then in between, as `recipes.fps`
+makes it (FPSAttention, arXiv 2506.04648):
 
 coarse, fine, medium = (
-    Variant(name="coarse", plan=Neighborhood(density=0.1), precision=Precision.parse("fp8")),
-    Variant(name="fine", precision=Precision.parse("int8_fp8")),
-    Variant(name="medium", plan=Neighborhood(density=0.3), precision=Precision.parse("fp8")),
+    Variant(name="coarse", plan=TileWindow(density=0.09), precision=Precision.parse("fp8_tile")),
+    Variant(name="fine", precision=Precision.parse("fp8")),
+    Variant(name="medium", plan=TileWindow(density=0.25), precision=Precision.parse("fp8+q_warp")),
 )
-phases = (Phase(until=0.2, variant="coarse"), Phase(until=0.8, variant="fine"), Phase(variant="medium"))
+phases = (Phase(until=0.3, variant="coarse"), Phase(until=0.6, variant="fine"), Phase(variant="medium"))
 recipe = Recipe(variants=(coarse, fine, medium), schedule=Schedule(phases=phases, min_steps=0))
 """
 
@@ -25,14 +25,20 @@ from typing import Any
 
 from .kernels.attention.precision import MODEL, Precision
 from .kernels.order import Order
-from .kernels.plan import Dense, Neighborhood
+from .kernels.plan import Dense, Local, Neighborhood, TileWindow
 from .schedule import PLAN, STOCK, Phase, Schedule
 
 __all__ = ["PLANS", "VERSION", "Phase", "Precision", "Recipe", "Variant"]
 
 VERSION = 2
 READS = (1, 2)  # version 1 has no variants, phases and notes
-PLANS: dict[str, type] = {"dense": Dense, "neighborhood": Neighborhood}
+PLANS: dict[str, type] = {
+    "dense": Dense,
+    "neighborhood": Neighborhood,
+    "tile_window": TileWindow,
+    "local": Local,
+}
+Plan = Dense | Neighborhood | TileWindow | Local
 FILE = "recipe.json"  # in a folder or a repository of the Hugging Face Hub
 
 
@@ -41,7 +47,7 @@ class Variant:
     """One way to run attention: which pairs, in which formats. Phases of a schedule name it."""
 
     name: str
-    plan: Dense | Neighborhood = field(default_factory=Dense)
+    plan: Plan = field(default_factory=Dense)
     precision: Precision = MODEL
 
     def __post_init__(self):
@@ -80,12 +86,13 @@ class Recipe:
     variants: others, which the phases of the schedule name.
     note: where it comes from, for people.
 
-    All variants of a run share one order of the tokens, hence the dilation of their neighborhoods.
+    All variants of a run share one order of the tokens, hence the dilation of their neighborhoods and the tile of
+    their tile windows.
     """
 
     name: str = "custom"
     order: Order = field(default_factory=Order)
-    plan: Dense | Neighborhood = field(default_factory=Dense)
+    plan: Plan = field(default_factory=Dense)
     precision: Precision = field(default_factory=Precision)
     schedule: Schedule = field(default_factory=Schedule)
     variants: tuple[Variant, ...] = ()
@@ -115,6 +122,12 @@ class Recipe:
             raise ValueError(
                 "The neighborhoods of one recipe share one order of the tokens, hence one dilation, got "
                 f"{', '.join(map(str, sorted(dilations, key=str)))}."
+            )
+        tiles = {v.plan.tile for v in self.ways if isinstance(v.plan, TileWindow)}
+        if len(tiles) > 1:
+            raise ValueError(
+                "The tile windows of one recipe share one order of the tokens, hence one tile, got "
+                f"{', '.join(map(str, sorted(tiles, key=str)))}."
             )
 
     @property
@@ -227,15 +240,19 @@ def _check_types(value: Any, what: str, **kinds: type | tuple[type, ...]) -> Non
 
 def _plain(part) -> dict[str, Any]:
     values = {f.name: getattr(part, f.name) for f in fields(part)}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return {k: _listed(v) for k, v in values.items()}
 
 
-def _plan_dict(plan: Dense | Neighborhood) -> dict[str, Any]:
+def _listed(value):
+    return [_listed(each) for each in value] if isinstance(value, tuple) else value
+
+
+def _plan_dict(plan: Plan) -> dict[str, Any]:
     kind = next(name for name, cls in PLANS.items() if type(plan) is cls)
     return {"kind": kind, **_plain(plan)}
 
 
-def _plan_from_dict(values: dict[str, Any]) -> Dense | Neighborhood:
+def _plan_from_dict(values: dict[str, Any]) -> Plan:
     values = dict(values)
     kind = values.pop("kind", None)
     if kind not in PLANS:

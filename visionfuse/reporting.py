@@ -12,9 +12,9 @@ from . import routing
 from .kernels.attention.dispatch import is_emulated
 from .kernels.attention.precision import Precision
 from .kernels.order import Order
-from .kernels.plan import Dense, Neighborhood, TokenLayout
-from .patching import get
-from .recipe import Recipe, Variant
+from .kernels.plan import Dense, Local, Neighborhood, TileWindow, TokenLayout
+from .patching import Enabled, get
+from .recipe import Plan, Recipe, Variant
 from .schedule import STOCK, Span
 from .session import Choice, Ran, Way
 from .sites import SITES, Denoiser, denoisers
@@ -151,15 +151,20 @@ class DenoiserReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """`str(report)` is plain text; rich prints a table."""
+    """`str(report)` is plain text; rich prints a table.
+
+    changes: what was done to the denoisers besides their attention, as (where, what).
+    """
 
     pipeline: str
     recipe: Recipe | None
     summary: str
     denoisers: tuple[DenoiserReport, ...] = ()
+    changes: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         out = [f"{self.pipeline}: {self.summary}"]
+        out += [f"  {where}: {what}" for where, what in self.changes]
         for denoiser in self.denoisers:
             out.append(f"  {denoiser.name} ({denoiser.model})")
             out += [f"    {label:<20}{text}" for label, text in denoiser.lines()]
@@ -169,6 +174,8 @@ class Report:
         from rich.table import Table
 
         table = Table(title=f"{self.pipeline}: {self.summary}", show_header=False)
+        for row in self.changes:
+            table.add_row(*row)
         for denoiser in self.denoisers:
             table.add_row(f"[bold]{denoiser.name}", f"[bold]{denoiser.model}")
             for row in denoiser.lines():
@@ -202,6 +209,7 @@ def report(pipe: Any) -> Report:
                 + (f", in {names}" if found else f"; supported are {', '.join(SITES)}")
                 + ". PyTorch picks its kernel (cuDNN on Hopper); no faster exact one is known here"
             ),
+            changes=_changes(enabled),
         )
     return Report(
         pipeline=type(pipe).__name__,
@@ -210,6 +218,18 @@ def report(pipe: Any) -> Report:
         denoisers=tuple(
             _denoiser(d, enabled.recipe, enabled.ran.get(d.name, Ran())) for d in found
         ),
+        changes=_changes(enabled),
+    )
+
+
+def _changes(enabled: Enabled) -> tuple[tuple[str, str], ...]:
+    """What compile= and linear= did, and what they left alone and why."""
+    kinds = {"linear layers": enabled.rounded, "compiled": enabled.compiled}
+    return tuple(
+        (f"{name}, {kind}", line)
+        for kind, made in kinds.items()
+        for name, change in made.items()
+        for line in change.lines()
     )
 
 
@@ -273,7 +293,7 @@ def describe(recipe: Recipe) -> str:
     return f"{describe_variant(recipe.plan, recipe.precision)}; {recipe.schedule}"
 
 
-def describe_variant(plan: Dense | Neighborhood, precision: Precision) -> str:
+def describe_variant(plan: Plan, precision: Precision) -> str:
     return _plan(plan) + ("" if precision.is_model else f", {_formats(precision)}")
 
 
@@ -332,9 +352,16 @@ def _order(order: Order) -> str:
     return f"{order.kind}, {'x'.join(map(str, order.tile))}{inner}"
 
 
-def _plan(plan: Dense | Neighborhood) -> str:
+def _plan(plan: Plan) -> str:
     if isinstance(plan, Dense):
         return "every token meets every other"
+    if isinstance(plan, Local):
+        return f"local attention in windows of {plan.window}, and all text"
+    if isinstance(plan, TileWindow):
+        reach = f"density {plan.density}" if plan.density is not None else f"{plan.window} tiles"
+        if plan.heads:
+            reach = f"of every head its own, of {len(set(plan.heads))} kinds"
+        return f"windows of tiles, {reach}" + (f", of {plan.tile} tokens" if plan.tile else "")
     assert isinstance(plan, Neighborhood)
     reach = f"window {plan.window}" if plan.window is not None else f"density {plan.density}"
     more = "".join(

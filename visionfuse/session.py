@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import routing
+from . import parallel, routing
 from .context import ACTIVE, LOCK, Routed
 from .exact import failed_check, faster_kernel
 from .kernels.attention import Precision, select_implementation, unsupported_reasons
@@ -199,11 +199,11 @@ class Routing:
         """What this forward runs. Plans and order are the same in every step of a run, because cached
         residuals of one step (FirstBlockCache and others) are added in the next."""
         ran, schedule = self.ran, self.recipe.schedule
-        if any(getattr(p, "_parallel_config", None) is not None for p in self.processors):
-            return self.stock("context parallelism splits the sequence; not supported with a plan")
         layout = self.site.layout(self.model, arguments, self.memo)
         if isinstance(layout, Unsupported):
             return self.stock(layout.reason)
+        if why := parallel.enter(self.processors, layout):
+            return self.stock(why)
         now = self.now()
         ran.layout, ran.steps = layout, now.steps if now else None
         ran.ways = {way.name: self.way(way, layout, arguments) for way in self.used}

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..plan.block_plan import BlockPlan
 from . import blocks, key_slots, quantize
 from .bias import Bias, BlockBias
-from .precision import SCALES, Precision
+from .precision import SCALES, TILE, Precision
 
 IMPLEMENTATIONS = ("reference", "blocks")
 Weights = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -98,7 +98,9 @@ def forward(
 
 def _shares_keys(precision: Precision) -> bool:
     """Whether keys share scales by their place, which then is that in the entries of the plan."""
-    return precision.qk != "model" and SCALES[precision.k_scale][1].tile not in (None, 1)
+    if precision.qk == "model":
+        return False
+    return precision.k_scale == TILE or SCALES[precision.k_scale][1].tile not in (None, 1)
 
 
 def _may_overflow(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:

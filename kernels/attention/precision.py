@@ -4,13 +4,15 @@
 Precision(qk='int8', pv='fp8', smooth_k=True, smooth_q=False, smooth_v=False, q_scale='token', k_scale='block')
 >>> str(Precision(qk="fp8", pv="fp8", smooth_k=False))
 'fp8-smooth_k'
+>>> Precision.parse("fp8_tile") == Precision(qk="fp8", pv="fp8", q_scale="tile", k_scale="tile")
+True
 >>> str(Precision(qk="int4", pv="fp16", smooth_q=True, q_scale="thread", k_scale="thread"))
 'int4_fp16+smooth_q+q_thread+k_thread'
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -38,6 +40,9 @@ SCALES: dict[str, tuple[Groups, Groups]] = {
     "warp_sm80": (Groups(32), Groups(64)),
     "thread_sm80": (Groups(32, 8), Groups(64, 4)),
 }
+# Not among them: the tokens of a tile of the plan, of queries, and of an entry of its lists, of keys.
+TILE = "tile"
+SCALE_NAMES = (*SCALES, TILE)
 
 # The short names that have one word for both formats.
 _SHORT = {("model", "model"): "model", ("fp8", "fp8"): "fp8", ("int8", "model"): "int8",
@@ -69,9 +74,12 @@ class Precision:
     q_scale, k_scale: tokens that share a scale, by the names of `SCALES`: "tensor" (all of a head), "block" (128
         neighbours), "warp" (16 queries; 128 keys), "thread" (2 queries of 16; 32 keys of 128), "token", and with "_sm80"
         what SageAttention's paper and its older kernels share: 4 queries of 32, 16 keys of 64 to a thread.
-        Keys are counted within the entries of the plan, where those are long enough.
+        Keys are counted within the entries of the plan, where those are long enough. "tile": what the kernel
+        multiplies together, a tile of queries of the plan, an entry of keys, however short; with tile windows
+        these are 3-D tiles of a video, or pieces of those larger than a block. A short name with "_tile"
+        behind it has it for both.
 
-    Source: SageAttention2 (Zhang et al., arXiv 2411.10958, section 3).
+    Sources: SageAttention2 (Zhang et al., arXiv 2411.10958, section 3); "fp8_tile": FPSAttention (arXiv 2506.04648).
     """
 
     qk: str = "model"
@@ -83,7 +91,7 @@ class Precision:
     k_scale: str = "block"
 
     def __post_init__(self):
-        known = {"qk": QK_FORMATS, "pv": PV_FORMATS, "q_scale": SCALES, "k_scale": SCALES}
+        known = {"qk": QK_FORMATS, "pv": PV_FORMATS, "q_scale": SCALE_NAMES, "k_scale": SCALE_NAMES}
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -130,8 +138,11 @@ class Precision:
 
     def __str__(self) -> str:
         """The short name with what differs from its defaults: "int8_fp8-smooth_k+smooth_q"."""
+        by_tile = self.q_scale == self.k_scale == TILE
         plain = Precision(qk=self.qk, pv=self.pv)
-        out = self.name
+        if by_tile:
+            plain = replace(plain, q_scale=TILE, k_scale=TILE)
+        out = self.name + by_tile * _BY_TILE
         for name in ("smooth_k", "smooth_q", "smooth_v"):
             if (ours := getattr(self, name)) != getattr(plain, name):
                 out += f"{'+' if ours else '-'}{name}"
@@ -165,8 +176,9 @@ class Precision:
 # What may follow a short name: the field it sets, and the value.
 FLAGS: dict[str, tuple[str, bool | str]] = {
     **{name: (name, True) for name in ("smooth_k", "smooth_q", "smooth_v")},
-    **{f"{side}_{scale}": (f"{side}_scale", scale) for side in "qk" for scale in SCALES},
+    **{f"{side}_{scale}": (f"{side}_scale", scale) for side in "qk" for scale in SCALE_NAMES},
 }
+_BY_TILE = "_tile"
 
 
 @lru_cache(maxsize=256)
@@ -174,13 +186,16 @@ def _parse(text: str) -> Precision:
     if not isinstance(text, str):
         raise TypeError(f"A precision is a name or a Precision, got {type(text).__name__}.")
     name, *flags = text.replace("-", "+-").split("+")
-    if name not in NAMES:
+    formats = name.removesuffix(_BY_TILE)
+    if formats not in NAMES:
         raise ValueError(
             f"Unknown precision {text!r}. Available: {', '.join(map(repr, NAMES))}, each with "
-            "+smooth_q, -smooth_k, +q_thread and others behind it."
+            "_tile, +smooth_q, -smooth_k, +q_thread and others behind it."
         )
-    qk, pv = NAMES[name]
+    qk, pv = NAMES[formats]
     options: dict[str, Any] = {}
+    if formats != name:
+        options = {"q_scale": TILE, "k_scale": TILE}
     for flag in flags:
         field, value = FLAGS.get(flag.removeprefix("-"), (None, None))
         if field is None or (flag.startswith("-") and value is not True):

@@ -25,7 +25,7 @@ from . import key_slots as slots
 from . import prologue as fused
 from . import quantize
 from .bias import Bias, BlockBias
-from .precision import SCALES, Groups, Precision
+from .precision import SCALES, TILE, Groups, Precision
 from .prologue import FORMATS, Operands, PrologueSpec
 
 SCALE_ROWS = 128  # keys that share a scale of "block"
@@ -140,8 +140,14 @@ def forward(
         q = quantize.without_tile_means(q, q_mean, plan)
     moved = slots.key_slots(plan, _width(native, plan, precision))
     spec = _spec(native, precision)
-    x = fused.prologue(q, k, v, spec, key_order=moved.order)
-    if x.q_scale is not None and spec.q_rows > 1:  # kernels read a scale for every query
+    by_tile = precision.q_scale == TILE
+    x = fused.prologue(q[:, :1] if by_tile else q, k, v, spec, key_order=moved.order)
+    if by_tile:  # the prologue knows no tiles: it had one query to do
+        from .query_tiles import round_tiles
+
+        codes, q_scale = round_tiles(q, plan, precision.qk)
+        x = x._replace(q=codes, q_scale=q_scale)
+    elif x.q_scale is not None and spec.q_rows > 1:  # kernels read a scale for every query
         q_scale = x.q_scale.repeat_interleave(spec.q_rows, 2)[..., : q.shape[1]]
         x = x._replace(q_scale=q_scale)
     v_scale = None
@@ -176,12 +182,18 @@ def _groups(precision: Precision) -> dict[str, Groups]:
     """By field of a Precision, tokens that share a scale; none where queries and keys are not rounded."""
     if precision.qk == "model":
         return {}
-    return {"q_scale": SCALES[precision.q_scale][0], "k_scale": SCALES[precision.k_scale][1]}
+    # Of a tile, queries are rounded by `query_tiles`, and keys lie in a slot of their own.
+    of_q = Groups(1) if precision.q_scale == TILE else SCALES[precision.q_scale][0]
+    of_k = Groups(SCALE_ROWS) if precision.k_scale == TILE else SCALES[precision.k_scale][1]
+    return {"q_scale": of_q, "k_scale": of_k}
 
 
 def _width(native: Native, plan: BlockPlan, precision: Precision) -> int:
-    """Keys with scales of their own may lie as close as their entries allow."""
-    if native.width is None or SCALES[precision.k_scale][1].tile == 1:
+    """Keys with scales of their own may lie as close as their entries allow; entries with one each may not share
+    what the prologue gives one."""
+    if precision.k_scale == TILE:
+        return SCALE_ROWS
+    if native.width is None or precision.k_scale == "token":
         return slots.slot_width(plan.block_k)
     return native.width
 
@@ -190,10 +202,11 @@ def _spec(native: Native, precision: Precision) -> PrologueSpec:
     """What the prologue is asked for; smoothing of queries and values is done around it. Values in 16 bits
     stay tokens; in 8 bits they are transposed, as the kernel's registers want them."""
     layout = getattr(native.load(), "QUANTIZED_V_LAYOUT", "channels16")
+    groups = _groups(precision)
     return PrologueSpec(
         qk=precision.qk,
-        q_rows=SCALES[precision.q_scale][0].tile or 1,
-        k_rows=SCALES[precision.k_scale][1].tile or 1,
+        q_rows=groups["q_scale"].tile or 1,
+        k_rows=groups["k_scale"].tile or 1,
         v="fp8" if precision.pv == "fp8" else "same",
         v_layout=layout if precision.pv == "fp8" else "tokens",
         smooth_k=bool(precision.smooth_k),

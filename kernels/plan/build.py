@@ -23,12 +23,13 @@ from .block_plan import BlockPlan, Entries, IntervalMask
 from .layout import Segment, TokenLayout
 from .neighborhood import Dense, Neighborhood, NeighborhoodOnGrid
 from .runs import cut, merged
+from .tile_window import TileWindow
 
 # Tile pairs tested at once: temporaries stay under a gigabyte.
 PAIRS_AT_ONCE = 1 << 23
 GROUP = 32
 
-Rule = Dense | Neighborhood
+Rule = Dense | Neighborhood | TileWindow
 
 
 class KeyCells(NamedTuple):
@@ -188,7 +189,7 @@ def visible_pairs(layout: TokenLayout, spec: Rule) -> int:
 
 
 def _on_grid(part: Segment, spec: Rule) -> NeighborhoodOnGrid | None:
-    if part.kind != "grid" or not isinstance(spec, Neighborhood):
+    if part.kind != "grid" or isinstance(spec, Dense):
         return None
     return spec.resolve(part.shape)
 

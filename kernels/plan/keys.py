@@ -33,10 +33,11 @@ def key_ranges(mask: Tensor) -> KeyRanges | None:
 
 
 def hide_keys(plan: BlockPlan, ranges: KeyRanges) -> BlockPlan:
-    """`plan` with only the keys of `ranges`, in the plan's order, cached: one variant for each batch entry, or one
-    for all if there is one. Every query, those of padding too, keeps what it saw of the visible keys.
+    """`plan` with only the keys of `ranges`, in the plan's order, cached: one variant for each batch entry (and
+    each variant that heads have), or one for all if there is one. Every query, those of padding too, keeps what
+    it saw of the visible keys.
 
-    Raises ValueError where a hidden key lies in a partial block of the plan, or the plan has variants.
+    Raises ValueError where a hidden key lies in a partial block of the plan, or batch entries have other plans.
     """
     # Cached: made in inference mode, it could never meet autograd later.
     with torch.inference_mode(False):
@@ -45,8 +46,9 @@ def hide_keys(plan: BlockPlan, ranges: KeyRanges) -> BlockPlan:
 
 @lru_cache(maxsize=64)
 def _hide_keys(plan: BlockPlan, ranges: KeyRanges) -> BlockPlan:
-    if plan.variant is not None:
-        raise ValueError("hide_keys takes a plan that all batch entries and heads share.")
+    own = plan.variant if plan.variant is not None else torch.zeros(1, 1, dtype=torch.int32)
+    if own.shape[0] > 1:
+        raise ValueError("hide_keys takes a plan that all batch entries share.")
     wrong = [r for row in ranges for r in row if not 0 <= r[0] < r[1] <= plan.length_k]
     if wrong or not ranges:
         raise ValueError(
@@ -62,15 +64,16 @@ def _hide_keys(plan: BlockPlan, ranges: KeyRanges) -> BlockPlan:
         mask = replace(mask, table=mask.table.repeat(count))
     elif mask is not None:
         mask = replace(mask, bits=mask.bits.repeat(count, 1, 1))
-    variant = torch.arange(count, dtype=torch.int32, device=plan.device)[:, None]
+    first = torch.arange(count, dtype=torch.int32, device=plan.device) * plan.variants
+    variants = count * plan.variants
     return replace(
         plan,
         q_start=plan.q_start.clone(),  # others cache by it: this is another plan
         full=full,
         partial=partial,
         mask=mask,
-        variant=variant if count > 1 else None,
-        variants=count,
+        variant=first[:, None] + own.to(plan.device) if variants > 1 else None,
+        variants=variants,
         visible=plan.visible * count - hidden,
     )
 

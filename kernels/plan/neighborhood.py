@@ -66,18 +66,29 @@ class Neighborhood:
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"density must lie in (0, 1], got {self.density}.")
 
+    def check_axes(self, axes: int, where: str) -> None:
+        """Raise ValueError where it fits no grid of so many axes. where: what has them, for the message."""
+        for name in ("window", "stride", "dilation", "causal"):
+            check_count(name, getattr(self, name), axes, where)
+        free = (1,) * axes
+        # On the smallest grid that the window fits, only mistakes of the options themselves remain.
+        sizes = (
+            per_axis(name, getattr(self, name), free) for name in ("window", "stride", "dilation")
+        )
+        self.resolve(tuple(max((w or s or 1) * d, 1) for w, s, d in zip(*sizes, strict=True)))
+
     def resolve(self, grid: tuple[int, ...]) -> NeighborhoodOnGrid:
         """The values per axis on this grid. Raises ValueError where they do not fit it."""
         rank = len(grid)
         if not 1 <= rank <= 3:
             raise ValueError(f"Neighborhoods exist on grids of 1 to 3 axes, got grid={grid}.")
-        dilation = _per_axis("dilation", self.dilation, grid)
-        causal = tuple(bool(c) for c in _per_axis("causal", self.causal, grid))
-        asked = _per_axis("stride", self.stride, grid)
+        dilation = per_axis("dilation", self.dilation, grid)
+        causal = tuple(bool(c) for c in per_axis("causal", self.causal, grid))
+        asked = per_axis("stride", self.stride, grid)
         if self.density is None:
             window = tuple(
                 n // d if w is None else w
-                for w, n, d in zip(_per_axis("window", self.window, grid), grid, dilation,
+                for w, n, d in zip(per_axis("window", self.window, grid), grid, dilation,
                                    strict=True)
             )  # fmt: skip
             stride = _strides(grid, asked, at_most=window)
@@ -208,7 +219,12 @@ def _strides(grid: tuple[int, ...], asked: tuple, at_most: tuple[int, ...]) -> t
     return tuple(f if s is None else s for f, s in zip(free, asked, strict=True))
 
 
-def _per_axis(name: str, value, grid: tuple[int, ...]) -> tuple:
+def check_count(name: str, value, axes: int, where: str) -> None:
+    if isinstance(value, tuple) and len(value) != axes:
+        raise ValueError(f"{name}={value} has {len(value)} values, but {where}.")
+
+
+def per_axis(name: str, value, grid: tuple[int, ...]) -> tuple:
     if isinstance(value, tuple):
         if len(value) != len(grid):
             raise ValueError(

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from ..order.curves import Order, inverse_permutation
 from .block_plan import BlockPlan
-from .build import plan_blocks
+from .build import Rule, plan_blocks
 from .layout import TokenLayout
-from .neighborhood import Dense, Neighborhood, NeighborhoodOnGrid
+from .local import Local
+from .local_lists import plan_local
+from .neighborhood import Dense, NeighborhoodOnGrid
 from .tile_counts import cuts
+from .tile_window import TileWindow, TileWindowOnGrid, window_cost
 from .tiles import BlockShape, block_shapes
 
 
@@ -49,7 +52,7 @@ class AttentionPlan:
 
 def plan_attention(
     layout: TokenLayout,
-    spec: Dense | Neighborhood | tuple[Neighborhood, ...],
+    spec: Rule | Local | tuple[Rule, ...],
     *,
     order: Order | None = None,
     impl: str = "blocks",
@@ -60,10 +63,12 @@ def plan_attention(
 ) -> AttentionPlan:
     """The plan of `spec` on `layout` for an implementation, built on `device` and cached.
 
-    spec: a tuple has one neighborhood per head; the widest decides the tiles. precision: the short name of
-    a `Precision`. shape: instead of those that are fast. Order "auto" takes the tiles of least counted
-    work. Raises ValueError where the neighborhood does not fit a grid of the layout.
+    spec: a tuple has one rule per head; the widest decides the tiles. precision: the short name of
+    a `Precision`. shape: instead of those that are fast. Order "auto" takes the tile of a tile window, else
+    the tiles of least counted work. Raises ValueError where the rule does not fit a grid of the layout.
     """
+    if isinstance(spec, TileWindow):
+        spec = spec.by_head()
     if shape is None:
         shapes = block_shapes(impl, head_dim, precision=precision, device=device)
     else:
@@ -73,10 +78,13 @@ def plan_attention(
 
 @lru_cache(maxsize=64)
 def _plan(layout, spec, order, shapes, device) -> AttentionPlan:
-    order, shape = choose_order(layout, spec, order, shapes)
-    permutation, blocks = plan_blocks(
-        layout, spec, order=order, block_q=shape.block_q, block_k=shape.block_k, device=device
-    )
+    if isinstance(spec, Local):
+        order, permutation, blocks = plan_local(layout, spec, order, shapes, device)
+    else:
+        order, shape = choose_order(layout, spec, order, shapes)
+        permutation, blocks = plan_blocks(
+            layout, spec, order=order, block_q=shape.block_q, block_k=shape.block_k, device=device
+        )
     inverse = None if permutation is None else inverse_permutation(permutation)
     return AttentionPlan(layout, order, permutation, inverse, blocks)
 
@@ -91,7 +99,10 @@ def choose_order(
         return Order(kind="row"), shapes[0]
     grid = max(grids, key=prod)
     if isinstance(spec, tuple):
-        spec = max(spec, key=lambda each: each.resolve(grid).visible)
+        local = [
+            each for each in spec if not isinstance(each, Dense) and not each.resolve(grid).is_dense
+        ]
+        spec = max(local, key=lambda each: each.resolve(grid).visible) if local else Dense()
     if order.tile is not None:
         if len(order.tile) != len(grid):
             raise ValueError(f"Order tile={order.tile} does not fit a grid of {len(grid)} axes.")
@@ -106,11 +117,15 @@ def choose_order(
     if isinstance(spec, Dense) or spec.resolve(grid).is_dense:
         return Order(kind="row"), shapes[0]
     others = layout.length - prod(grid)
+    rule = spec.resolve(grid)
+    if isinstance(rule, TileWindowOnGrid):
+        shape = min(shapes, key=lambda each: window_cost(rule, each, others=others) / each.speed)
+        return Order(kind="tiled", tile=rule.tile), shape
     _, tile, subtile, shape = min(
         (
             (cost / shape.speed, tile, subtile, shape)
             for shape in shapes
-            for cost, tile, subtile in [best_tiles(spec.resolve(grid), shape, others=others)]
+            for cost, tile, subtile in [best_tiles(rule, shape, others=others)]
         ),
         key=lambda choice: choice[0],
     )

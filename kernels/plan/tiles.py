@@ -101,19 +101,18 @@ def _defaults(
 def _gluon_shapes(head_dim: int, precision: str) -> tuple[BlockShape, ...]:
     """Fitted to assets/bench/engine.csv (H200, head dim 128) with `visionfuse simulate --measured`.
 
-    Two warpgroups, then three. Masked and short blocks were timed with two alone and are taken to cost three
-    the same share. 8 bits are those of FP8, of which two warpgroups ran three plans: too few for four costs,
-    hence values between their fit and that of 16 bits.
+    Two warpgroups, then three. In 16 bits a mask costs three nothing that can be told from noise, in 8 bits a third
+    of a block. The costs of two are of an earlier run, in which they carried all windows.
     """
     if precision == "model":
         two = BlockShape(block_q=128, block_k=128, padded=True, speed=0.88, partial=0.11, ragged=0.25,
                          tile=100_000)  # fmt: skip
-        tile = 170_000
+        partial, ragged, tile = 0.04, 0.5, 160_000
     else:
-        two = BlockShape(block_q=128, block_k=128, padded=True, speed=0.86, partial=0.2, ragged=0.1,
-                         tile=120_000)  # fmt: skip
-        tile = 92_000
-    three = replace(two, block_q=192, speed=1.0, tile=tile)
+        two = BlockShape(block_q=128, block_k=128, padded=True, speed=0.82, partial=0.3, ragged=0.3,
+                         tile=150_000)  # fmt: skip
+        partial, ragged, tile = 0.45, 0.5, 180_000
+    three = replace(two, block_q=192, speed=1.0, partial=partial, ragged=ragged, tile=tile)
     return (three, two) if head_dim <= 128 else (two,)
 
 

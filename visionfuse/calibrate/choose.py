@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, pairwise
 
 import numpy as np
 
@@ -72,6 +72,37 @@ def choose(groups: Sequence[Group], budget: float) -> Selection:
         picks.append(found[own[at]][2])
         at = before[at]
     return Selection(variants=tuple(reversed(picks)), time=result_time, error=result_error)
+
+
+def choose_in_order(phases: Sequence[Sequence[Group]], budget: float) -> Selection:
+    """The selection of least time inside the budget in which all groups of a phase run one variant, and variants
+    follow one another in their order; of none of them need there be a phase.
+
+    phases: the groups of each part of the run. Raises ValueError as `choose` does.
+    """
+    variants, count = len(phases[0][0].times), len(phases)
+    time = np.array([[len(g.errors) * np.array(g.times) for g in own] for own in phases]).sum(1)
+    error = np.array([[g.errors.sum(0) for g in own] for own in phases]).sum(
+        1
+    )  # [phases, variants]
+    if np.isnan(time).any() or np.isnan(error).any():
+        raise ValueError("Times and errors must be numbers, some are NaN.")
+    slack = 1e-12 * max(1.0, budget)
+    best: tuple[float, float, tuple[int, ...]] | None = None
+    least = np.inf
+    for borders in combinations_with_replacement(range(count + 1), variants - 1):
+        runs = np.repeat(np.arange(variants), [b - a for a, b in pairwise((0, *borders, count))])
+        spent = float(error[np.arange(count), runs].sum())
+        least = min(least, spent)
+        took = float(time[np.arange(count), runs].sum())
+        if spent <= budget + slack and (best is None or (took, spent) < best[:2]):
+            best = took, spent, tuple(runs.tolist())
+    if best is None:
+        raise ValueError(
+            f"No selection stays inside the budget {budget:.3g}: the most exact one has {least:.3g}."
+        )
+    chosen = [(v,) * len(g.errors) for own, v in zip(phases, best[2], strict=True) for g in own]
+    return Selection(variants=tuple(chosen), time=best[0], error=best[1])
 
 
 def front(group: Group) -> list[tuple[float, float, tuple[int, ...]]]:

@@ -43,6 +43,13 @@ def calibrate(
     candidates: Annotated[
         str, typer.Option(help="Recipes with options, separated by commas.")
     ] = CANDIDATES,
+    in_order: Annotated[
+        bool,
+        typer.Option(
+            "--in-order",
+            help="Run the candidates one after another, as fps does: find only where each ends.",
+        ),
+    ] = False,
     phases: Annotated[int, typer.Option(help="Parts into which a run is cut.", min=1)] = 5,
     steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 20,
     height: Annotated[int | None, typer.Option(help="Pixels.", min=16)] = None,
@@ -117,7 +124,7 @@ def calibrate(
             with progress() as tell:
                 calibration = Calibration(pipe, task, journal, tell)
                 calibration.checks += len(task.candidates) * (compare is not None)
-                found = calibration.run(budget, out.stem)
+                found = calibration.run(budget, out.stem, in_order=in_order)
                 rows = side_by_side(calibration, found, str(model or MICRO)) if compare else []
         except KeyboardInterrupt:
             console.print(f"Stopped. What ran is kept in {folder}: --resume goes on.",
@@ -139,7 +146,7 @@ def calibrate(
 
 
 def parse_candidates(text: str) -> tuple[Variant, ...]:
-    """ "sage, gna density=0.5 precision=fp8" as variants, named as they are written."""
+    """ "sage, gna density=0.5 precision=fp8" as variants, named as they are written; of "fps" those of its phases."""
     from ..cli import parse_options
     from ..recipe import Variant
     from ..recipes import build
@@ -151,12 +158,12 @@ def parse_candidates(text: str) -> tuple[Variant, ...]:
             recipe = build(name, **parse_options(pairs))
         except TypeError as error:  # an unknown option is the user's mistake, as a wrong value is
             raise ValueError(str(error)) from error
-        variant = Variant(
-            name=" ".join([name, *pairs]), plan=recipe.plan, precision=recipe.precision
-        )
-        if not variant.changes_numbers:
-            raise ValueError(f"The candidate {variant.name!r} is the model's own attention.")
-        found[variant.name] = variant
+        written = " ".join([name, *pairs])
+        own = [replace(way, name=f"{written} {way.name}") for way in recipe.variants]
+        for variant in own or [Variant(name=written, plan=recipe.plan, precision=recipe.precision)]:
+            if not variant.changes_numbers:
+                raise ValueError(f"The candidate {variant.name!r} is the model's own attention.")
+            found[variant.name] = variant
     return tuple(found.values())
 
 

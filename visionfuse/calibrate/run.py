@@ -32,7 +32,7 @@ from ..kernels.plan import Dense, Segment, TokenLayout
 from ..recipe import Recipe, Variant
 from ..schedule import STOCK, Phase, Schedule
 from ..sites import SITES, denoisers
-from .choose import Group, Selection, choose
+from .choose import Group, Selection, choose, choose_in_order
 from .journal import Journal
 from .measure import Errors, MeasuringSession, block_classes, psnr
 from .times import candidate_ms, setting_of, stock_ms
@@ -156,15 +156,16 @@ class Calibration:
         each = 1 + kinds * task.phases * len(self.classes) + TRIES
         return len(task.prompts) * each + (1 + self.checks) * len(task.held_out)
 
-    def run(self, budget: float, name: str = "calibrated") -> Calibrated:
-        """budget: the least PSNR to the stock output, in dB, mean over the prompts."""
+    def run(self, budget: float, name: str = "calibrated", *, in_order: bool = False) -> Calibrated:
+        """budget: the least PSNR to the stock output, in dB, mean over the prompts. in_order: the model's own
+        attention, then the candidates one after another, in all layers: only where each ends is searched for."""
         parts = self.parts
-        tries = self.search(budget, name)
+        tries = self.search(budget, name, in_order)
         inside = [t for t in tries if t.psnr >= budget]
         if inside:
             chosen = min(inside, key=lambda t: (t.selection.time, -t.psnr))
         else:  # even the last corrections were not enough: what changes nothing
-            chosen = self.attempt(choose([part.group for part in parts], 0.0), name)
+            chosen = self.attempt(self.select(0.0, in_order), name)
         return Calibrated(
             recipe=chosen.recipe, budget=budget, chosen=chosen, tries=tuple(tries), parts=parts,
             errors=self.errors, held_out=self.check(chosen.recipe), left_out=self.left_out,
@@ -377,13 +378,22 @@ class Calibration:
 
     # -- the choice ---------------------------------------------------------------------------------------
 
-    def search(self, budget: float, name: str) -> list[Try]:
-        """Choose, run, correct the budget of the choice by what was predicted wrong, and again."""
+    def select(self, budget: float, in_order: bool) -> Selection:
+        """budget: of predicted errors."""
         groups = [part.group for part in self.parts]
+        if not in_order:
+            return choose(groups, budget)
+        of_phase = len(self.classes)
+        return choose_in_order(
+            [groups[i : i + of_phase] for i in range(0, len(groups), of_phase)], budget
+        )
+
+    def search(self, budget: float, name: str, in_order: bool = False) -> list[Try]:
+        """Choose, run, correct the budget of the choice by what was predicted wrong, and again."""
         tries: list[Try] = []
         target = budget
         for _ in range(TRIES):
-            found = self.attempt(choose(groups, 10 ** (-target / 20)), name)
+            found = self.attempt(self.select(10 ** (-target / 20), in_order), name)
             if any(t.recipe == found.recipe for t in tries):
                 break
             tries.append(found)
