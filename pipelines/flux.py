@@ -1,6 +1,8 @@
 """FLUX, stock and accelerated: what `visionfuse generate` does. The script form takes the same options.
 
 python pipelines/flux.py assets/flux-micro "a large red circle" --recipe gna --compare
+python pipelines/flux.py black-forest-labs/FLUX.1-dev "a lighthouse" --recipe scale_dit --height 4096 --width 4096
+python pipelines/flux.py --benchmark        # times and errors, see pipelines/flux_benchmark.py
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
 from statistics import median
@@ -19,7 +21,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, FluxTransf
 from PIL import Image
 
 from visionfuse.info import default_device, default_dtype, device_name
-from visionfuse.kernels.plan import Neighborhood, TokenLayout
+from visionfuse.kernels.plan import Local, Neighborhood, Segment, TokenLayout
+from visionfuse.patching import get
 from visionfuse.pipelines.compare import (
     AMPLIFY,
     Difference,
@@ -32,10 +35,13 @@ from visionfuse.pipelines.compare import (
 from visionfuse.recipe import Recipe
 from visionfuse.recipes import build
 from visionfuse.reporting import Report, report
+from visionfuse.scale_dit import Result, TwoStage, rounded, two_stages
 from visionfuse.schedule import Span
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 DEFAULT_LATENTS = 128  # the side of FluxPipeline's default image, in latents
+# Options of the recipe scale_dit that say how an image is made in two stages, beside those of its attention.
+STAGES = [part.name for part in fields(TwoStage) if part.name not in ("steps", "guidance_scale")]
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -43,13 +49,13 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 class Request:
     """One image. None leaves a value to the model's own pipeline, or (dtype, device) to this machine.
 
-    model: a folder or a name on the Hugging Face Hub. recipe: a name, with its options, or a JSON file.
+    model: a folder or a name on the Hugging Face Hub. recipe: a name, with its options, a JSON file, or a recipe.
     impl: the attention implementation, "auto" or a name.
     """
 
     model: str
     prompt: str
-    recipe: str = "gna"
+    recipe: str | Recipe = "gna"
     options: dict[str, Any] = field(default_factory=dict)
     impl: str = "auto"
     height: int | None = None
@@ -61,6 +67,20 @@ class Request:
     dtype: str | None = None
     device: str | None = None
     offload: bool = False
+
+    @property
+    def recipe_name(self) -> str:
+        return self.recipe.name if isinstance(self.recipe, Recipe) else self.recipe
+
+    @property
+    def stages(self) -> TwoStage:
+        """Of an image that is made in two: the recipe "scale_dit"."""
+        given: dict[str, Any] = {n: v for n, v in self.options.items() if n in STAGES}
+        if self.steps is not None:
+            given["steps"] = self.steps
+        if self.guidance is not None:
+            given = {"fine_guidance_scale": self.guidance, **given, "guidance_scale": self.guidance}
+        return TwoStage(**given)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +94,7 @@ class Expected:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        return self.layout.segments[-1].shape
+        return next(s.shape for s in self.layout.segments if s.kind == "grid")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,31 +140,41 @@ def expect(request: Request) -> Expected:
     defaults = signature(FluxPipeline.__call__).parameters
     scale = 2 ** len(vae["block_out_channels"])  # the VAE's own factor, and two latents a token
     pixels = [side or DEFAULT_LATENTS * scale // 2 for side in (request.height, request.width)]
-    for name, side in zip(("height", "width"), pixels, strict=True):
-        if side % scale:
-            raise ValueError(f"{name}={side} is no multiple of {scale}, the pixels of a token.")
     text = request.max_sequence_length or defaults["max_sequence_length"].default
-    layout = TokenLayout.joint(text=text, grids=[tuple(side // scale for side in pixels)])
+    steps = request.steps or defaults["num_inference_steps"].default
+    if isinstance(recipe.plan, Local):
+        unit, steps = scale * request.stages.scale, request.stages.fine
+        small = [side // unit for side in large_size(request, scale)]
+        grid = tuple(n * request.stages.scale for n in small)
+        layout = TokenLayout((Segment("text", (text,)), Segment("grid", grid),
+                              Segment("guidance", tuple(small))))  # fmt: skip
+    else:
+        for name, side in zip(("height", "width"), pixels, strict=True):
+            if side % scale:
+                raise ValueError(f"{name}={side} is no multiple of {scale}, the pixels of a token.")
+        layout = TokenLayout.joint(text=text, grids=[tuple(side // scale for side in pixels)])
     if isinstance(recipe.plan, Neighborhood):
         recipe.plan.resolve(layout.segments[-1].shape)
     return Expected(
         recipe=recipe,
         layout=layout,
         head_dim=transformer["attention_head_dim"],
-        phases=recipe.schedule.spans(request.steps or defaults["num_inference_steps"].default),
+        phases=recipe.schedule.spans(steps),
     )
 
 
 def _recipe(request: Request) -> Recipe:
-    if request.recipe.endswith(".json"):
+    recipe = request.recipe
+    if isinstance(recipe, Recipe) or recipe.endswith(".json"):
         if request.options:
             raise ValueError(
-                f"Options go with a recipe's name; {request.recipe} already holds them, got "
-                f"{', '.join(request.options)}. Edit the file instead."
+                f"Options go with a recipe's name; {request.recipe_name} already holds them, got "
+                f"{', '.join(request.options)}. Edit the recipe instead."
             )
-        return Recipe.load(request.recipe)
+        return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    staged = STAGES if recipe == "scale_dit" else []
     try:
-        return build(request.recipe, **request.options)
+        return build(recipe, **{n: v for n, v in request.options.items() if n not in staged})
     except TypeError as error:  # an unknown option is the user's mistake, as a wrong value is
         raise ValueError(str(error)) from error
 
@@ -174,7 +204,7 @@ def load(request: Request) -> FluxPipeline:
     dtype = default_dtype(device) if request.dtype is None else DTYPES.get(request.dtype)
     if dtype is None:
         raise ValueError(f"Unknown dtype {request.dtype!r}. Choose one of {', '.join(DTYPES)}.")
-    pipe = FluxPipeline.from_pretrained(request.model, dtype=dtype)
+    pipe = FluxPipeline.from_pretrained(request.model, dtype=dtype, use_safetensors=True)
     if request.offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe
@@ -204,7 +234,13 @@ def enabled(pipe: FluxPipeline, request: Request) -> Iterator[None]:
 
 
 def generate(pipe: FluxPipeline, request: Request, *, steps: int | None = None) -> Image.Image:
-    """One image with the pipeline as it is. `steps` overrides the request's, for warm-ups."""
+    """One image with the pipeline as it is: in two stages where it is enabled with local attention.
+
+    `steps` overrides the request's, for warm-ups.
+    """
+    own = get(pipe)
+    if own is not None and isinstance(own.recipe.plan, Local):
+        return in_two_stages(pipe, request, steps=steps).images[0]
     given = {
         "height": request.height,
         "width": request.width,
@@ -218,11 +254,36 @@ def generate(pipe: FluxPipeline, request: Request, *, steps: int | None = None) 
     return pipe(request.prompt, generator=generator, **given).images[0]
 
 
+def large_size(request: Request, token: int) -> tuple[int, int]:
+    """Height and width that are nearest to the request's, for two stages. token: its side in pixels."""
+    scale = request.stages.scale
+    default = scale * DEFAULT_LATENTS * token // 2
+    return rounded(request.height or default, request.width or default, scale * token)
+
+
+def in_two_stages(pipe: FluxPipeline, request: Request, *, steps: int | None = None) -> Result:
+    """One large image and what it was made from, at the size that is nearest to the request's."""
+    if steps is not None:
+        request = replace(request, steps=steps, options=request.options | {"fine_steps": None})
+    stages = request.stages
+    height, width = large_size(request, 2 * pipe.vae_scale_factor)
+    more = {}
+    if request.max_sequence_length is not None:
+        more["max_sequence_length"] = request.max_sequence_length
+    return two_stages(
+        pipe, request.prompt, height=height, width=width, stages=stages,
+        generator=torch.Generator("cpu").manual_seed(request.seed), **more,
+    )  # fmt: skip
+
+
 def compare(pipe: FluxPipeline, request: Request, *, repeats: int = 1) -> Comparison:
     """The same prompt and seed stock and with the recipe; medians of `repeats` runs, taken in turns.
 
     Both have a warm-up of one step. Leaves the pipeline as it was, also after an error.
     """
+    if isinstance(_recipe(request).plan, Local):
+        height, width = large_size(request, 2 * pipe.vae_scale_factor)
+        request = replace(request, height=height, width=width)
     with enabled(pipe, request):  # what cannot work fails here, before minutes of stock denoising
         pipe.set_progress_bar_config(disable=True)
         generate(pipe, request, steps=1)
@@ -233,7 +294,7 @@ def compare(pipe: FluxPipeline, request: Request, *, repeats: int = 1) -> Compar
         pipe.set_progress_bar_config(disable=False, desc="stock")
         stock, seconds = timed(lambda: generate(pipe, request))
         stock_seconds.append(seconds)
-        pipe.set_progress_bar_config(disable=False, desc=f"visionfuse {request.recipe}")
+        pipe.set_progress_bar_config(disable=False, desc=f"visionfuse {request.recipe_name}")
         with enabled(pipe, request):
             fused, seconds = timed(lambda: generate(pipe, request))
             said = report(pipe)
@@ -258,7 +319,7 @@ def picture(result: Comparison) -> Image.Image:
     panels = [
         ("stock", f"{result.stock_seconds:.2f} s", result.stock),
         (
-            f"visionfuse {request.recipe}",
+            f"visionfuse {request.recipe_name}",
             f"{result.fused_seconds:.2f} s, {result.speedup:.2f}x, {density_line(result)}",
             result.fused,
         ),
@@ -284,7 +345,7 @@ def metrics(result: Comparison) -> dict[str, Any]:
     return {
         "model": request.model,
         "prompt": request.prompt,
-        "recipe": request.recipe,
+        "recipe": request.recipe_name,
         "options": request.options,
         "seed": request.seed,
         "width": result.stock.width,
@@ -310,8 +371,14 @@ def save(result: Comparison, out: Path) -> Path:
 
 
 if __name__ == "__main__":
+    import sys
+
     import typer
 
     from visionfuse.cli import generate as command
+    from visionfuse.pipelines.flux_benchmark import main as benchmark
 
-    typer.run(command)
+    if "--benchmark" in sys.argv:
+        benchmark([given for given in sys.argv[1:] if given != "--benchmark"])
+    else:
+        typer.run(command)

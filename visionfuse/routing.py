@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import parallel
 from .context import ACTIVE
 from .kernels.attention import block_sparse_attention
 
@@ -165,14 +166,16 @@ def _dispatch(variant: int) -> Callable[..., Tensor]:
                 backend=backend, parallel_config=parallel_config,
             )  # fmt: skip
 
-        plain = not is_causal and not dropout_p and parallel_config is None
-        return _attend(variant, Call(query, key, value, attn_mask, scale, plain), own)
+        plain = not is_causal and not dropout_p
+        call = Call(query, key, value, attn_mask, scale, plain, parallel_config)
+        return _attend(variant, call, own)
 
     return dispatch_attention_fn
 
 
 class Call(NamedTuple):
-    """One attention call: q, k, v (B, S, H, D). plain: neither causal nor with dropout nor split over GPUs."""
+    """One attention call: q, k, v (B, S, H, D). plain: neither causal nor with dropout. split: diffusers'
+    ParallelConfig, where several GPUs share the sequence."""
 
     q: Tensor
     k: Tensor
@@ -180,22 +183,31 @@ class Call(NamedTuple):
     mask: Tensor | None
     scale: float | None
     plain: bool
+    split: Any = None
 
 
 def _attend(variant: int, call: Call, own: Callable[..., Tensor]) -> Tensor:
     """The call by the active plan where it fits, else `own(mask)`, the model's own attention."""
-    q, k, v, mask, scale, plain = call
+    q, k, v, mask, scale, plain, split = call
     # No variants: no pipeline call runs, or its present step is a dense one. None: this one is dense now.
     chosen = ACTIVE.variants[variant] if variant < len(ACTIVE.variants) else None
     if chosen is not None:
-        plan = _fitting(chosen.plans, q.shape[1], k.shape[1])
+        if ACTIVE.keys is not None:
+            k, v = ACTIVE.keys(k, v)
+        parts = parallel.degree(split)
+        plan = _fitting(chosen.plans, parts * q.shape[1], parts * k.shape[1])
         if plan is not None and plain and (mask is None or ACTIVE.masked):
-            out = block_sparse_attention(
-                q, k, v, plan, scale=scale, impl=chosen.impl, precision=chosen.precision
-            )
-            return out  # pyright: ignore[reportReturnType]  (a pair only with return_lse)
+
+            def ours(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> Tensor:
+                return block_sparse_attention(
+                    q, k, v, plan, scale=scale, impl=chosen.impl, precision=chosen.precision
+                )  # pyright: ignore[reportReturnType]  (a pair only with return_lse)
+
+            if split is None:
+                return ours(q, k, v, plan)
+            return parallel.attend(q, k, v, plan, split, ours)
         if not plain:
-            _note("a causal attention, or with dropout, or split by context parallelism")
+            _note("a causal attention, or with dropout")
         elif plan is not None:
             _note("an attention mask was given")
         else:
@@ -203,7 +215,7 @@ def _attend(variant: int, call: Call, own: Callable[..., Tensor]) -> Tensor:
                 "an attention between other tokens than the plan's (IP-Adapter or cross attention)"
             )
     out = own(_ordered_mask(mask, q.shape[1], k.shape[1]))
-    if ACTIVE.probe is not None and plain:
+    if ACTIVE.probe is not None and plain and split is None:
         ACTIVE.probe(q, k, v, out, scale, mask is not None)
     return out
 

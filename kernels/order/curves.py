@@ -8,6 +8,9 @@ position on the Hilbert curve, then row-major. A *run* is a stretch of tokens wi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from math import prod
 from typing import Literal
 
 import torch
@@ -112,9 +115,8 @@ def order_grid(
         tiles.append(tiles.pop(along))
         inside = [x % t for x, t in zip(steps, order.tile, strict=True)]
         if order.kind == "hilbert":
-            bits = max(max(order.tile) - 1, 1).bit_length()
             subtiles = []
-            within = [(hilbert_index(torch.stack(inside), bits), 1 << (bits * len(grid)))]
+            within = [_along_curve(inside, steps, sizes, order.tile)]
         else:
             sub = order.subtile or order.tile
             subtiles = [
@@ -131,6 +133,28 @@ def order_grid(
     return OrderedGrid(permutation, run_q[permutation], run_k[permutation])
 
 
+def _along_curve(
+    inside: list[Tensor], steps: list[Tensor], sizes: list[int], tile: tuple[int, ...]
+) -> tuple[Tensor, int]:
+    """The place of every token on the Hilbert curve of its window, and their number. In two axes windows that
+    the border cuts short have a curve of their own; in three the curve of a cube skips what is not there."""
+    if len(tile) != 2:
+        bits = max(max(tile) - 1, 1).bit_length()
+        return hilbert_index(torch.stack(inside), bits), 1 << (bits * len(tile))
+    place = torch.empty_like(inside[0])
+    # Of every axis, whether a token lies in a whole window or in the last, short one.
+    short = [x >= n // t * t for x, n, t in zip(steps, sizes, tile, strict=True)]
+    for kind in product((False, True), repeat=2):
+        sides = [n % t if s else t for s, n, t in zip(kind, sizes, tile, strict=True)]
+        own = (short[0] == kind[0]) & (short[1] == kind[1])
+        if min(sides):
+            table = hilbert_path(*sides).to(place.device)
+            index = torch.empty_like(table)
+            index[table] = torch.arange(table.numel(), device=table.device)
+            place[own] = index[(inside[0] * sides[1] + inside[1])[own]]
+    return place, prod(tile)
+
+
 def _mixed_radix(digits: list[tuple[Tensor, int]], like: Tensor) -> Tensor:
     number = torch.zeros_like(like)
     for digit, base in digits:
@@ -143,6 +167,49 @@ def inverse_permutation(permutation: Tensor) -> Tensor:
     inverse = torch.empty_like(permutation)
     inverse[permutation] = torch.arange(permutation.numel(), device=permutation.device)
     return inverse
+
+
+@lru_cache(maxsize=64)
+def hilbert_path(height: int, width: int) -> Tensor:
+    """The cells of a rectangle along a Hilbert curve, for sides of any length: int64 [height * width], row-major.
+
+    Where the sides are the same power of two it is Hilbert's own curve. Steps go to a neighbour; where the longer
+    side is odd and the other even one of them is diagonal. After J. Cerveny's generalised curve: a rectangle is a
+    long one of two halves, or three parts, of which the first and the last turn.
+    """
+    cells: list[int] = []
+
+    def fill(y: int, x: int, along: tuple[int, int], across: tuple[int, int]) -> None:
+        """From the corner (y, x): `along` and `across` are the sides as vectors, of which one is zero on each axis."""
+        length, breadth = abs(sum(along)), abs(sum(across))
+        step, turn = (tuple((d > 0) - (d < 0) for d in side) for side in (along, across))
+        if breadth == 1 or length == 1:
+            unit = step if breadth == 1 else turn
+            cells.extend(
+                (y + i * unit[0]) * width + x + i * unit[1] for i in range(length * breadth)
+            )
+            return
+        half_l, half_b = length // 2, breadth // 2
+        if 2 * length > 3 * breadth:
+            half_l += half_l % 2 == 1 and length > 2  # an even half keeps the steps straight
+            first = (step[0] * half_l, step[1] * half_l)
+            fill(y, x, first, across)
+            fill(y + first[0], x + first[1], (along[0] - first[0], along[1] - first[1]), across)
+            return
+        half_b += half_b % 2 == 1 and breadth > 2
+        a, b = (step[0] * half_l, step[1] * half_l), (turn[0] * half_b, turn[1] * half_b)
+        rest_a, rest_b = (along[0] - a[0], along[1] - a[1]), (across[0] - b[0], across[1] - b[1])
+        fill(y, x, b, a)
+        fill(y + b[0], x + b[1], along, rest_b)
+        fill(
+            y + along[0] - step[0] + b[0] - turn[0],
+            x + along[1] - step[1] + b[1] - turn[1],
+            (-b[0], -b[1]),
+            (-rest_a[0], -rest_a[1]),
+        )
+
+    fill(0, 0, *(((0, width), (height, 0)) if width >= height else ((height, 0), (0, width))))
+    return torch.tensor(cells)
 
 
 def hilbert_index(coords: Tensor, bits: int) -> Tensor:

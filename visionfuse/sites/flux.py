@@ -14,6 +14,7 @@ from . import SITES, Arguments, Model, Site, Unsupported, once
 from .order import map_output, take
 
 MAX_GRIDS = 16
+GUIDED = "_visionfuse_guidance"  # of a model that carries a small image (`visionfuse.scale_dit`)
 RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
 
 
@@ -23,6 +24,8 @@ def layout(model: Model, arguments: Arguments, memo: dict) -> TokenLayout | Unsu
     if arguments.get("kv_cache_mode") is not None:
         return Unsupported("reference images from a cache of keys and values")
     ids, tokens = arguments.get("img_ids"), arguments["hidden_states"].shape[1]
+    if (stream := vars(model).get(GUIDED)) is not None and stream.guidance.image_tokens == tokens:
+        return stream.layout(arguments["encoder_hidden_states"].shape[1])
     if ids is None:
         return Unsupported("there are no img_ids")
     grids = once(memo, ids, parse_ids)
