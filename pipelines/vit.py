@@ -3,7 +3,7 @@
     python pipelines/vit.py train kat_tiny_patch16_224 vit_tiny_patch16_224 --seeds 0 1 2 --out runs/vit
     python pipelines/vit.py train kat_tiny_patch16_224 vit_tiny_patch16_224 --seeds 0 1 2 --out runs/vit --resume
     python pipelines/vit.py evaluate --out runs/vit
-    python pipelines/vit.py time medvit_tiny kat_tiny_patch16_224 vit_tiny_patch16_224 --batch 128
+    python pipelines/vit.py time medvit_tiny kat_tiny_patch16_224 vit_tiny_patch16_224 --batch 128 --csv new.csv --base old.csv
 
 The pictures are drawn by `visionfuse.shapes` as they are needed, so that nothing is downloaded and none comes
 twice: a shape of any size anywhere near the middle, on any background, a class for every colour and shape. All
@@ -40,7 +40,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import visionfuse.models  # noqa: F401  puts KAT and MedViTV2 into timm's registry
+from visionfuse.bench.table import Row, update_csv
 from visionfuse.bench.timing import time_in_turns
+from visionfuse.pipelines.benchmark import compare_csv
 from visionfuse.shapes import Scene, Scenes, arrange, draw, pack
 from visionfuse.shapes.captions import PAIRS, Group
 
@@ -281,6 +283,7 @@ def time_models(args: argparse.Namespace) -> None:
     device = accelerator.device
     images, labels = Pictures(args.side, device).batch(args.batch, args.seed)
     table = Table("model", "what", "ms", "images/s", title=f"batch {args.batch}, {args.side} pixels, {device}")  # fmt: skip
+    rows = []
     for what, prepare in (("inference", _inference), ("training", _training)):
         calls = {}
         for name in args.models:
@@ -289,8 +292,21 @@ def time_models(args: argparse.Namespace) -> None:
             calls[name] = prepare(torch.compile(model) if args.compile else model, images, labels, accelerator)  # fmt: skip
         times = time_in_turns(calls, device=device, seconds=0.0 if args.dry_run else 1.0)
         for name, found in times.items():
-            table.add_row(name, what, f"{found.ms:.2f}", f"{args.batch / found.ms * 1e3:.0f}")
+            rate = f"{args.batch / found.ms * 1e3:.0f}"
+            table.add_row(name, what, f"{found.ms:.2f}", rate)
+            row = Row(
+                suite="vit", case=f"{what}, batch {args.batch}, {args.side} pixels", impl=name,
+                direction="forward" if prepare is _inference else "both", ms=found.ms,
+                ms_p20=found.ms_p20, ms_p80=found.ms_p80, note=f"{rate} images/s",
+            )  # fmt: skip
+            if name != args.models[0]:
+                row.baseline, row.speedup = args.models[0], times[args.models[0]].ms / found.ms
+            rows.append(row)
     Console().print(table)
+    if args.csv:
+        update_csv(rows, args.csv, commit=args.commit)
+    if args.base:
+        compare_csv(args.base, args.csv)
 
 
 def _inference(model: Any, images: Tensor, labels: Tensor, accelerator: Accelerator) -> Callable[[], object]:  # fmt: skip
@@ -361,9 +377,14 @@ def main() -> None:
     )
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--compile", action="store_true")
+    command.add_argument("--csv", type=Path, help="write rows into this file")
+    command.add_argument("--commit", default="", help="for a copy of the tree without git")
+    command.add_argument("--base", type=Path, help="compare --csv with this one, of another commit")
     command.set_defaults(run=time_models)
 
     args = parser.parse_args()
+    if getattr(args, "base", None) and not args.csv:
+        parser.error("--base compares with --csv, which is not given")
     on_gpu = args.device == "auto" and torch.cuda.is_available()
     args.mixed_precision = args.mixed_precision or ("bf16" if on_gpu else "no")
     if args.dry_run:

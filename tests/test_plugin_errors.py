@@ -15,7 +15,6 @@ from visionfuse.testing_pipelines import (
     flux_pipeline,
     masked_attention,
     run,
-    wan_pipeline,
 )
 
 
@@ -121,27 +120,6 @@ def test_reports_read_well(pipe):
         console.print(visionfuse.report(pipe))
     assert "432" in capture.get()
     pipe.disable_visionfuse()
-
-
-def test_context_parallelism_falls_back_and_says_so():
-    """A plan needs the whole sequence; processors with a parallel configuration keep their own way."""
-    pipe = wan_pipeline()
-    stock = run(pipe)
-    pipe.enable_visionfuse("gna", density=0.3, stride=1, dense_steps=0)
-    from visionfuse.session import Session
-
-    enabled = vars(pipe)["_visionfuse"]
-    with Session(pipe, enabled.recipe, "auto", enabled.ran) as session:
-        processors = [block.attn1.processor for block in pipe.transformer.blocks]
-        for processor in processors:
-            processor._parallel_config = object()
-        decision = next(iter(session.routings)).decide({})
-        for processor in processors:
-            del processor._parallel_config
-    assert decision.plan is None
-    assert "context parallelism" in str(visionfuse.report(pipe))
-    pipe.disable_visionfuse()
-    assert torch.equal(run(pipe), stock)
 
 
 def test_a_scheduler_without_steps_keeps_the_run_dense(pipe):

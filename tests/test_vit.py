@@ -78,11 +78,13 @@ def test_it_learns_what_it_is_shown(run):
     assert float(last["loss"]) < float(first["loss"]) - 0.1
 
 
-def test_dry_run_of_every_command(run, capsys):
+def test_dry_run_of_every_command(run, capsys, tmp_path):
     rows = run("train", MODELS[0], "medvit_tiny", "--dry-run", "--mixed-precision", "bf16")
     assert [row["step"] for row in rows] == ["2", "4"] * 2
-    run("time", MODELS[0], "--dry-run")
+    path = tmp_path / "rows.csv"
+    run("time", MODELS[0], "--dry-run", "--csv", str(path))
     assert "training" in capsys.readouterr().out
+    assert [row["direction"] for row in csv.DictReader(path.open())] == ["forward", "both"]
     with pytest.raises(SystemExit, match="no runs"):
         run("evaluate", out="nothing")
 

@@ -18,7 +18,8 @@ CLASSES = {
 
 
 def enable_visionfuse(self, recipe="auto", *, impl: str = "auto", **options) -> None:
-    """Run this pipeline's attention by a recipe; see `visionfuse.enable_visionfuse`."""
+    """Run this pipeline by a recipe, with compile= and linear= beyond its attention; see
+    `visionfuse.enable_visionfuse`."""
     from .patching import enable_visionfuse
 
     enable_visionfuse(self, recipe, impl=impl, **options)

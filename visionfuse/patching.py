@@ -2,20 +2,24 @@
 
 What changes: an entry `_visionfuse` in the pipeline's own `__dict__`, and a wrapper around `__call__`
 of its class that does nothing for pipelines without that entry, and goes when the last one is
-disabled. Models and processors are only touched while an enabled pipeline runs (see `session`).
+disabled. Models and processors are only touched while an enabled pipeline runs (see `session`), but
+for what is asked of the whole model: rounded linear layers and compiled blocks stay until it is disabled.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from .compiled import Compiled, compile_blocks, room_for_graphs
 from .exact import has_faster_kernels
 from .kernels.attention import implementations
-from .kernels.plan import Neighborhood
+from .kernels.plan import Dense
+from .linears import Linears, Rounded, round_linears
 from .recipe import Recipe
 from .recipes import build
 from .session import Ran, Session, refusal, refusals
@@ -25,10 +29,20 @@ _KEY = "_visionfuse"
 
 
 class Enabled:
-    """What an enabled pipeline carries. Pickles and copies with it, without the record of its runs."""
+    """What an enabled pipeline carries. Pickles and copies with it, without the record of its runs and without
+    compiled graphs.
 
-    def __init__(self, pipe: Any, recipe: Recipe, impl: str):
+    linear, compile: what was asked for. rounded, compiled: what that changed in the denoisers themselves, by
+        their names.
+    """
+
+    def __init__(
+        self, pipe: Any, recipe: Recipe, impl: str, linear: Linears | None, compile: dict | None
+    ):
         self.recipe, self.impl, self.pipe_class = recipe, impl, type(pipe)
+        self.linear, self.compile = linear, compile
+        self.rounded: dict[str, Rounded] = {}
+        self.compiled: dict[str, Compiled] = {}
         self._start()
 
     def _start(self) -> None:
@@ -39,12 +53,39 @@ class Enabled:
         weakref.finalize(self, _unwrap_call, self.pipe_class).atexit = False
 
     def __getstate__(self) -> dict:
-        return {"recipe": self.recipe.to_dict(), "impl": self.impl, "pipe_class": self.pipe_class}
+        return {
+            "recipe": self.recipe.to_dict(),
+            "impl": self.impl,
+            "pipe_class": self.pipe_class,
+            "linear": self.linear,
+            "rounded": self.rounded,
+        }
 
     def __setstate__(self, state: dict) -> None:
         self.recipe, self.impl = Recipe.from_dict(state["recipe"]), state["impl"]
-        self.pipe_class = state["pipe_class"]
+        self.pipe_class, self.linear, self.compile = state["pipe_class"], state["linear"], None
+        self.rounded, self.compiled = state["rounded"], {}
         self._start()
+
+    def change_models(self, pipe: Any, before: Enabled | None) -> None:
+        """As asked; what `before` did already for the same wishes stays."""
+        if before is not None and (before.linear, before.compile) == (self.linear, self.compile):
+            self.rounded, self.compiled = before.rounded, before.compiled
+            before.rounded, before.compiled = {}, {}
+        if before is not None:
+            before.undo()
+        for denoiser in denoisers(pipe):  # a compiled graph is of the weights as they then are
+            if self.linear is not None and denoiser.name not in self.rounded:
+                self.rounded[denoiser.name] = round_linears(denoiser, self.linear)
+            if self.compile is not None and denoiser.name not in self.compiled:
+                rounded = self.rounded.get(denoiser.name)
+                self.compiled[denoiser.name] = compile_blocks(denoiser, self.compile, rounded)
+
+    def undo(self) -> None:
+        """The models are as they were."""
+        for change in (*self.compiled.values(), *self.rounded.values()):
+            change.undo()
+        _ENABLED.discard(self)
 
     @property
     def changes_attention(self) -> bool:
@@ -54,25 +95,36 @@ class Enabled:
 
 
 def enable_visionfuse(
-    pipe: Any, recipe: str | Recipe = "auto", *, impl: str = "auto", **options
+    pipe: Any,
+    recipe: str | Recipe = "auto",
+    *,
+    impl: str = "auto",
+    compile: bool | dict[str, Any] = False,
+    linear: str | Linears | None = None,
+    **options,
 ) -> None:
     """Run the denoisers of this pipeline by a recipe from its next call on.
 
-    recipe: a name ("auto", "dense", "gna", "sage") with its options, or a `Recipe`. "auto" never drops a
+    recipe: a name ("auto", "dense", "gna", "sta", "fps", "sage") with its options, or a `Recipe`. "auto" never drops a
         token and never changes a linear layer.
     impl: the attention implementation, "auto" or a name of `visionfuse.kernels.attention`.
+    compile: True to compile the repeated blocks, or options of torch.compile for that; see `compiled`.
+    linear: "fp8" or "int8" to round large linear layers, or `Linears` to choose them; see `linears`.
     options: of the named recipe, for example window, density, stride, dense_steps, precision.
 
-    Only this object changes; another pipeline of the same class stays as it is, even where it shares
-    the transformer. Calling it again replaces the recipe. Raises ValueError or TypeError, without any
-    change, where the recipe, an option or the implementation cannot work.
+    Only this object changes; another pipeline of the same class stays as it is, even where it shares the
+    transformer, unless linear or compile change the transformer itself. Calling it again replaces
+    everything; what linear and compile did stays where they are the same. Raises ValueError or TypeError, without any change, where the recipe, an option or the
+    implementation cannot work. A linear layer or a block that cannot take part stays as it is; the report
+    says why.
     """
     before = get(pipe)
     recipe = resolve(recipe, options)
-    _check_pipe(pipe, recipe, impl)
-    vars(pipe)[_KEY] = Enabled(pipe, recipe, impl)
-    if before is not None:
-        _ENABLED.discard(before)
+    linears = Linears.of(linear)
+    compile_options = {} if compile is True else compile or None
+    _check_pipe(pipe, recipe, impl, whole=linears is not None or compile_options is not None)
+    vars(pipe)[_KEY] = enabled = Enabled(pipe, recipe, impl, linears, compile_options)
+    enabled.change_models(pipe, before)
 
 
 def disable_visionfuse(pipe: Any) -> None:
@@ -80,7 +132,7 @@ def disable_visionfuse(pipe: Any) -> None:
     enabled = get(pipe)
     if enabled is not None:
         del vars(pipe)[_KEY]
-        _ENABLED.discard(enabled)
+        enabled.undo()
         _unwrap_call(type(pipe))
 
 
@@ -115,10 +167,11 @@ def check_implementation(impl: str) -> None:
         )
 
 
-def _check_pipe(pipe: Any, recipe: Recipe, impl: str) -> None:
+def _check_pipe(pipe: Any, recipe: Recipe, impl: str, *, whole: bool) -> None:
+    """whole: more than attention is asked for."""
     check_implementation(impl)
     found = list(denoisers(pipe))
-    if not recipe.changes_numbers and impl == "auto":
+    if not recipe.changes_numbers and impl == "auto" and not whole:
         return
     if not found:
         models = sorted({type(m).__name__ for m in pipe.components.values()
@@ -141,8 +194,8 @@ def _check_denoiser(denoiser: Denoiser, recipe: Recipe, impl: str) -> None:
     if tile is not None and len(tile) != site.grid_axes:
         raise ValueError(f"Order tile={tile} does not fit: {where} ({site.grid_name}).")
     for way in recipe.ways:
-        if isinstance(way.plan, Neighborhood):
-            _check_neighborhood(way.plan, site.grid_axes, f"{where} ({site.grid_name})")
+        if not isinstance(way.plan, Dense):
+            way.plan.check_axes(site.grid_axes, f"{where} ({site.grid_name})")
     if impl != "auto":
         devices = {torch.device(p.device) for p in model.parameters()} or {torch.device("cpu")}
         devices = {d for d in devices if d.type != "meta"}
@@ -155,25 +208,6 @@ def _check_denoiser(denoiser: Denoiser, recipe: Recipe, impl: str) -> None:
             }
             if reasons and all(reasons.values()):
                 raise ValueError(refusal(impl, reasons, precision))
-
-
-def _check_neighborhood(plan: Neighborhood, axes: int, where: str) -> None:
-    for name in ("window", "stride", "dilation", "causal"):
-        value = getattr(plan, name)
-        if isinstance(value, tuple) and len(value) != axes:
-            raise ValueError(f"{name}={value} has {len(value)} values, but {where}.")
-
-    def per_axis(value):
-        return value if isinstance(value, tuple) else (value,) * axes
-
-    # On the smallest grid that the window fits, only mistakes of the options themselves remain.
-    grid = tuple(
-        max((w or s or 1) * d, 1)
-        for w, s, d in zip(
-            per_axis(plan.window), per_axis(plan.stride), per_axis(plan.dilation), strict=True
-        )
-    )
-    plan.resolve(grid)
 
 
 # -- the wrapper around __call__ of a pipeline's class ---------------------------------------------
@@ -194,9 +228,14 @@ def _wrap_call(cls: type) -> None:
     @functools.wraps(original)
     def __call__(self, *args, **kwargs):
         enabled = vars(self).get(_KEY)
-        if enabled is None or not enabled.changes_attention:
+        if enabled is None:
             return original(self, *args, **kwargs)
-        with Session(self, enabled.recipe, enabled.impl, enabled.ran):
+        with ExitStack() as stack:
+            if enabled.compiled:
+                stack.enter_context(room_for_graphs())
+            if enabled.changes_attention:
+                session = Session(self, enabled.recipe, enabled.impl, enabled.ran)
+                stack.enter_context(session)
             return original(self, *args, **kwargs)
 
     setattr(__call__, _KEY, True)

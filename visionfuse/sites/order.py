@@ -52,12 +52,24 @@ class OrderedRope(nn.Module):
     by hooks: a graph of the stock model would run on permuted tokens with tables that are not.
     """
 
-    def __init__(self, rope: nn.Module):
+    def __init__(self, stock: nn.Module):
         super().__init__()
-        self.rope = rope
+        self.stock = stock
+
+    def rope(self, *args, **kwargs) -> Tables:
+        """The model's own tables, of all tokens also where context parallelism leaves this GPU a part."""
+        if ACTIVE.streams:
+            return type(self.stock).forward(self.stock, *args, **kwargs)
+        return self.stock(*args, **kwargs)
 
     def forward(self, *args, **kwargs) -> Tables:
-        return self.rope(*args, **kwargs) if ACTIVE.rope is None else ACTIVE.rope
+        if ACTIVE.rope is None:
+            return self.stock(*args, **kwargs)
+        tables = ACTIVE.rope
+        registry = getattr(self.stock, "_diffusers_hook", None) if ACTIVE.streams else None
+        for hook in registry.hooks.values() if registry else ():
+            tables = hook.post_forward(self.stock, tables)
+        return tables
 
 
 def rope_in_order(name: str) -> Callable[[Any, ExitStack], None]:
