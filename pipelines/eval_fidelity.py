@@ -13,17 +13,16 @@ recipe (a name or a JSON file) and its options, `impl` among them. Every run bec
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,16 +33,15 @@ from rich.table import Table
 from tqdm import tqdm
 
 from visionfuse.bench.table import as_text, environment
-from visionfuse.cli import parse_options
 from visionfuse.info import device_name
 from visionfuse.kernels.plan import Neighborhood
 from visionfuse.pipelines.compare import psnr, timed
 from visionfuse.pipelines.flux import DTYPES, Request, enabled, expect, load
+from visionfuse.pipelines.rows import append_row, check_columns, columns
+from visionfuse.pipelines.variants import EXAMPLE, STOCK, Variant
 from visionfuse.reporting import Report, report
 from visionfuse.shapes import Scene, Verdict, accuracy, breakdown, held_out_scenes, judge
 
-STOCK = "stock"
-EXAMPLE = "'gna density=0.5 stride=8'"
 SHEET = 32  # pictures
 
 
@@ -84,38 +82,17 @@ class Row:
     note: str = ""
 
 
-COLUMNS = [field.name for field in fields(Row)]
+COLUMNS = columns(Row)
 
 
-class Variant(NamedTuple):
-    """A recipe and its options as they were written: `Variant("gna", "density=0.5 stride=8")`."""
-
-    recipe: str
-    options: str = ""
-
-    @classmethod
-    def parse(cls, text: str) -> Variant:
-        name, *pairs = text.split() or [""]
-        wrong = not name or "=" in name or any(not re.match(r"[^=]+=.", pair) for pair in pairs)
-        if wrong or (name == STOCK and pairs):
-            raise ValueError(
-                f"A variant is a recipe and its options, such as {EXAMPLE}, or {STOCK!r} alone; "
-                f"got {text!r}."
-            )
-        return cls(name, " ".join(pairs))
-
-    def __str__(self) -> str:
-        return f"{self.recipe} {self.options}".strip()
-
-    def request(self, args: argparse.Namespace, side: int) -> Request:
-        """What `visionfuse generate` would be asked. Stock is asked for as the recipe that changes nothing."""
-        options = parse_options(self.options.split())
-        impl = options.pop("impl", "auto")
-        return Request(
-            model=args.model, prompt="", recipe="auto" if self.recipe == STOCK else self.recipe,
-            options=options, impl=impl, height=side, width=side, steps=args.steps, seed=args.seed,
-            max_sequence_length=args.text_length, dtype=args.dtype, device=args.device,
-        )  # fmt: skip
+def request(variant: Variant, args: argparse.Namespace, side: int) -> Request:
+    """What `visionfuse generate` would be asked. Stock is asked for as the recipe that changes nothing."""
+    options, impl = variant.parsed()
+    return Request(
+        model=args.model, prompt="", recipe="auto" if variant.recipe == STOCK else variant.recipe,
+        options=options, impl=impl, height=side, width=side, steps=args.steps, seed=args.seed,
+        max_sequence_length=args.text_length, dtype=args.dtype, device=args.device,
+    )  # fmt: skip
 
 
 def measure(
@@ -156,16 +133,21 @@ def _draw(pipe: FluxPipeline, request: Request, texts: list[str], seed: int) -> 
 def sparse_part(said: Report, steps: int) -> tuple[float | None, int]:
     """Mean density over the attention calls of the sparse steps, and how many of `steps` those are.
 
-    Layers that stay dense count as 1. Without a sparse step the density is None.
+    Phases count by their steps, and layers that stay dense as 1. Without a sparse step the density is None.
     """
-    if not said.denoisers:
+    if not said.denoisers or said.recipe is None or not said.denoisers[0].calls.get("plan"):
         return None, 0
-    denoiser = said.denoisers[0]
-    planned, dense = denoiser.calls.get("plan", 0), denoiser.calls.get("dense", 0)
-    if not planned or denoiser.density is None:
+    denoiser, schedule = said.denoisers[0], said.recipe.schedule
+    shares = {
+        v.name: v.density for v in denoiser.variants if v.density is not None and not v.reason
+    }
+    runs = [(span, schedule.by_layer(span, denoiser.layers)) for span in schedule.spans(steps)]
+    sparse = [(span.end - span.start, names) for span, names in runs if shares.keys() & set(names)]
+    total = sum(count for count, _ in sparse)
+    if not total:
         return None, 0
-    routed = denoiser.routed / denoiser.layers
-    return 1 - routed * (1 - denoiser.density), round(steps * planned / (planned + dense))
+    density = [count * fmean(shares.get(name, 1.0) for name in names) for count, names in sparse]
+    return sum(density) / total, total
 
 
 def judge_all(pictures: np.ndarray, scenes: list[Scene]) -> list[Verdict]:
@@ -202,13 +184,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path in (args.csv, args.json, args.sheets and args.sheets / "any"):
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
-        _check_csv(args.csv)
+        check_columns(args.csv, Row)
         expected = {
-            (v, side): expect(v.request(args, side)) for side in args.side for v in variants
+            (v, side): expect(request(v, args, side)) for side in args.side for v in variants
         }
-        pipe = load(variants[0].request(args, args.side[0]))
+        pipe = load(request(variants[0], args, args.side[0]))
         for variant in variants:  # what cannot run here fails before minutes of stock denoising
-            with enabled(pipe, variant.request(args, args.side[0])):
+            with enabled(pipe, request(variant, args, args.side[0])):
                 pass
     except (ValueError, OSError, NotImplementedError, ImportError) as error:
         parser.error(str(error))
@@ -219,8 +201,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for side, batch in zip(args.side, batches, strict=True):
         stock: np.ndarray | None = None
         for variant in variants:
-            request = variant.request(args, side)
-            pictures, seconds, said = measure(pipe, request, variant, scenes, batch=batch)
+            asked = request(variant, args, side)
+            pictures, seconds, said = measure(pipe, asked, variant, scenes, batch=batch)
             each = (
                 [] if stock is None else [psnr(*two) for two in zip(pictures, stock, strict=True)]
             )
@@ -241,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             details.append(_detail(rows[-1], verdicts, each))
             _say(f"{side} {variant}", said, verdicts)
             if args.csv:
-                _append(args.csv, rows[-1])
+                append_row(args.csv, rows[-1])
             if args.json:
                 args.json.write_text(json.dumps(details, indent=1) + "\n", encoding="utf-8")
             if args.sheets:
@@ -312,28 +294,6 @@ def _say(run: str, said: Report, verdicts: list[Verdict]) -> None:
     for denoiser in said.denoisers:
         for reason, count in denoiser.notes.items():
             print(f"  own attention: {reason} ({count}x)")
-
-
-def _check_csv(path: Path | None) -> None:
-    """Before hours of denoising: an existing file must have the columns of `Row`."""
-    if path is None or not path.exists():
-        return
-    with path.open(newline="", encoding="utf-8") as file:
-        header = next(csv.reader(file), [])
-    if header != COLUMNS:
-        raise ValueError(
-            f"{path} has other columns: {', '.join(header) or 'none'}. Rows of this script have "
-            f"{', '.join(COLUMNS)}. Name another file, or give this one these columns."
-        )
-
-
-def _append(path: Path, row: Row) -> None:
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow({name: as_text(value) for name, value in asdict(row).items()})
 
 
 def _show(rows: list[Row]) -> None:

@@ -6,8 +6,6 @@ shrinks by 4 (three block widths), FLUX packs 2x2 latents into a token.
 
 from __future__ import annotations
 
-import string
-
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -25,12 +23,12 @@ from transformers import (
     T5Tokenizer,
 )
 
+from visionfuse.pipelines.micro_text import CHARACTERS, word_tokenizer
 from visionfuse.shapes import vocabulary
 
 TEXT_WIDTH = 128
 LATENT_CHANNELS = 8
 TOKEN_PIXELS = 8
-CHARACTERS = string.ascii_letters + string.digits + string.punctuation
 
 
 def build(
@@ -44,7 +42,7 @@ def build(
         double: number of two-stream blocks.
         single: number of one-stream blocks.
     """
-    tokenizer, tokenizer_2 = _clip_tokenizer(), _t5_tokenizer()
+    tokenizer, tokenizer_2 = _clip_tokenizer(), word_tokenizer(vocabulary())
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True,
@@ -94,14 +92,6 @@ def image_ids(side: int, device: torch.device | str) -> Tensor:
     """Position ids `[tokens, 3]` of a square picture, as FluxPipeline makes them."""
     tokens = side // TOKEN_PIXELS
     return FluxPipeline._prepare_latent_image_ids(1, tokens, tokens, device, torch.float32)
-
-
-def _t5_tokenizer() -> T5Tokenizer:
-    """One token per caption word; any other text falls back to characters."""
-    words = [(word if word == "," else "\u2581" + word, -2.0) for word in vocabulary()]
-    letters = [("\u2581", -8.0)] + [(c, -8.0) for c in CHARACTERS if c != ","]
-    specials = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return T5Tokenizer(vocab=specials + words + letters, extra_ids=0, model_max_length=512)
 
 
 def _clip_tokenizer() -> CLIPTokenizer:
@@ -177,48 +167,3 @@ def _initialise(transformer: FluxTransformer2DModel) -> None:
             else:
                 nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias) if module.bias is not None else None
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalised matrix updates (Jordan 2024), scaled as in arXiv:2502.16982.
-
-    Matrices of one shape are stacked, so a step of a tiny model is a few batched products instead
-    of hundreds of small ones. The update has the root mean square of an AdamW update.
-    """
-
-    def __init__(self, params, lr: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        for group in self.param_groups:
-            stacks: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    stacks.setdefault(p.shape, []).append((p, p.grad))
-            for shape, stack in stacks.items():
-                params, grads = [p for p, _ in stack], [grad for _, grad in stack]
-                buffers = [self._momentum(p) for p in params]
-                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-                nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
-                update = _orthogonalise(torch.stack(list(nesterov)))
-                scale = -group["lr"] * 0.2 * max(shape) ** 0.5
-                torch._foreach_add_(params, list(update.to(params[0].dtype).unbind(0)), alpha=scale)
-
-    def _momentum(self, p: Tensor) -> Tensor:
-        state = self.state[p]
-        if not state:
-            state["momentum"] = torch.zeros_like(p)
-        return state["momentum"]
-
-
-def _orthogonalise(matrices: Tensor) -> Tensor:
-    """Nearest semi-orthogonal matrices of `[N, rows, columns]` by five Newton-Schulz steps."""
-    x = matrices.bfloat16()
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if tall else x

@@ -30,9 +30,10 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipelines.flux_micro import Muon, build, decode, encode, image_ids
+from pipelines.flux_micro import build, decode, encode, image_ids
 from pipelines.flux_micro_data import Data
 from pipelines.flux_micro_text import train_text
+from pipelines.muon import Muon
 from visionfuse.shapes import (
     accuracy,
     arrange,

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, permutations
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ class Verdict:
     kind: str
     right: bool
     reason: str  # "", "background", "count", "shape", "color", "size", "place" or "relation"
-    found: tuple[Found, ...]
+    found: tuple[Any, ...]  # what was read: Found, of a video Followed
 
 
 def score(
@@ -136,9 +137,27 @@ def check(scene: Scene, background: str, found: Sequence[Found]) -> str:
 
 def read(image: object) -> tuple[str, list[Found]]:
     """Name the background and every object of an RGB picture (see `score` for the types)."""
+    background, pieces = segment(image, READ_SIDE, EDGE)
+    return background, [_found(piece) for piece in pieces]
+
+
+class Piece(NamedTuple):
+    """One connected piece of a picture, in its bounding box."""
+
+    solid: np.ndarray  # bool [h, w]; edge pixels belong to the side that they are nearer to
+    color: str  # of the palette, empty if it has none or several
+    corner: tuple[int, int]  # (x, y) of the box in pixels
+    side: int  # of the picture in pixels
+
+
+def segment(image: object, side: int, edge: int) -> tuple[str, list[Piece]]:
+    """The background's name, and what differs from it, of an RGB picture enlarged to `side` pixels.
+
+    edge: pixels of the anti-aliased rim on both sides, left out of a piece's colour.
+    """
     import cv2
 
-    rgb, side = _to_uint8(image), READ_SIDE
+    rgb = _to_uint8(image)
     rgb = cv2.medianBlur(cv2.resize(rgb, (side, side), interpolation=cv2.INTER_LINEAR), 3)
     lab = cv2.cvtColor(rgb.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     rim = np.concatenate([lab[0], lab[-1], lab[:, 0], lab[:, -1]])
@@ -148,24 +167,28 @@ def read(image: object) -> tuple[str, list[Found]]:
     from_ground = _distance(lab, ground)
     mask = (from_ground > FOREGROUND).astype(np.uint8)
     _, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-    found = []
+    pieces = []
     for index, (x, y, width, height, area) in enumerate(stats[1:], start=1):
         if area < SPECK * side * side:
             continue
         window = slice(y, y + height), slice(x, x + width)
-        found.append(
-            _read_piece(lab[window], labels[window] == index, from_ground[window], (x, y), side)
-        )
-    return background, found
+        inside = labels[window] == index
+        solid, color = _solid(lab[window], inside, from_ground[window], edge)
+        rows, columns = np.flatnonzero(solid.any(1)), np.flatnonzero(solid.any(0))
+        if len(rows):
+            solid = solid[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            x, y = x + columns[0], y + rows[0]
+        pieces.append(Piece(solid, color, (int(x), int(y)), side))
+    return background, pieces
 
 
-def _read_piece(
-    lab: np.ndarray, mask: np.ndarray, from_ground: np.ndarray, corner: tuple[int, int], side: int
-) -> Found:
-    """Name one connected piece inside its bounding box, whose corner (x, y) is in pixels."""
+def _solid(
+    lab: np.ndarray, mask: np.ndarray, from_ground: np.ndarray, edge: int
+) -> tuple[np.ndarray, str]:
+    """The silhouette of one connected piece, and the name of its colour."""
     import cv2
 
-    core = np.ones((EDGE, EDGE), np.uint8)
+    core = np.ones((edge, edge), np.uint8)
     inner = (
         cv2.erode(mask.astype(np.uint8), core, borderType=cv2.BORDER_CONSTANT, borderValue=0) > 0
     )
@@ -174,19 +197,20 @@ def _read_piece(
     from_color = _distance(lab, median)
     pure = (from_color[inner] < SAME_COLOR).mean() >= PURE
     # An edge pixel belongs to the side it is nearer to, so halos do not grow the silhouette.
-    solid = mask & (from_color < from_ground)
-    rows, columns = np.flatnonzero(solid.any(1)), np.flatnonzero(solid.any(0))
-    if not len(rows):
+    return mask & (from_color < from_ground), _nearest(median, COLORS) if pure else ""
+
+
+def _found(piece: Piece) -> Found:
+    height, width = piece.solid.shape
+    if not piece.solid.any():
         return Found(shape="", color="", size="", center=(0.0, 0.0))
-    solid = solid[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    height, width = solid.shape
     return Found(
-        shape=_name_shape(solid),
-        color=_nearest(median, COLORS) if pure else "",
-        size="large" if max(height, width) / 2 / side >= LARGE else "small",
+        shape=_name_shape(piece.solid),
+        color=piece.color,
+        size="large" if max(height, width) / 2 / piece.side >= LARGE else "small",
         center=(
-            (corner[0] + columns[0] + width / 2) / side,
-            (corner[1] + rows[0] + height / 2) / side,
+            (piece.corner[0] + width / 2) / piece.side,
+            (piece.corner[1] + height / 2) / piece.side,
         ),
     )
 

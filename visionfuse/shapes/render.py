@@ -67,6 +67,12 @@ class Layout(NamedTuple):
     center: Tensor  # [N, 4, 2] (x, y) in 0..1
     radius: Tensor  # [N, 4]
     background: Tensor  # [N, 3] in 0..1
+    angle: Tensor | None = None  # [N, 4] clockwise in radians, 0 by default
+
+    def take(self, rows: Tensor) -> Layout:
+        """The pictures of these rows."""
+        angle = None if self.angle is None else self.angle[rows]
+        return Layout(*(tensor[rows] for tensor in self[:5]), angle=angle)
 
 
 def anchors(scene: Scene) -> list[tuple[float, float]]:
@@ -168,6 +174,10 @@ def draw(layout: Layout, side: int) -> Tensor:
             center, radius = layout.center[owner, slot], layout.radius[owner, slot, None, None]
             x = (grid[None, None, :] - center[:, 0, None, None]) / radius  # [M, 1, side]
             y = (grid[None, :, None] - center[:, 1, None, None]) / radius  # [M, side, 1]
+            if layout.angle is not None:
+                angle = layout.angle[owner, slot, None, None]
+                sine, cosine = angle.sin(), angle.cos()
+                x, y = x * cosine + y * sine, y * cosine - x * sine  # [M, side, side]
             cover = (0.5 - distance(x, y) * radius * side).clamp(0, 1)  # [M, side, side]
             paint = layout.rgb[owner, slot] - layout.background[owner]  # [M, 3]
             image.index_add_(0, owner, cover[:, None] * paint[:, :, None, None])
