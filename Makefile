@@ -1,12 +1,14 @@
 # Everything here sets up .venv by itself and needs only Python (3.11 or newer), pip, git and make.
 #
 #   make demo       one prompt and seed, stock and accelerated, side by side in demo.png
+#   make demo-app   the app: pictures, video, classification and an explorer in a browser
 #   make test       lint, types and the fast tests
 #   make test-all   the sweeps too; the log is kept in assets/bench/test-all.log
 #   make test-gpu   what an NVIDIA GPU decides; the log is kept in assets/bench/h200-tests.log
 #   make lint       ruff and pyright alone
 #   make bench-cpu  the CPU benchmark; writes assets/bench/ and the table in README.md
-#   make bench-gpu  the engine against its bar, on a Hopper GPU; writes the same places
+#   make bench-gpu  every suite against its bar, on a Hopper GPU; writes the same places
+#   make docs       the documentation as a site, in build/docs
 #   make clean      what the commands above wrote, .venv included
 
 PYTHON ?= python3
@@ -22,11 +24,14 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKER
 
 PROMPT := a large red circle above a small blue square on a white background
 
-.PHONY: demo test test-all test-gpu lint bench-cpu bench-gpu clean
+.PHONY: demo demo-app test test-all test-gpu lint bench-cpu bench-gpu docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/visionfuse generate assets/flux-micro "$(PROMPT)" --recipe gna --height 512 --width 512 --steps 20 \
 	  --max-sequence-length 64 --dtype float32 --device cpu --compare --repeats $(REPEATS) --out demo.png
+
+demo-app: $(VENV)/installed-demo
+	$(BIN)/visionfuse demo
 
 test: lint
 	$(PYTEST) -m "not slow"
@@ -49,8 +54,11 @@ bench-cpu: $(VENV)/installed
 	$(BIN)/visionfuse bench attention --device cpu --csv assets/bench/attention-cpu.csv
 	$(BIN)/python -m visionfuse.bench.readme
 
+docs: $(VENV)/installed-dev
+	$(BIN)/mkdocs build --strict --config-file assets/mkdocs.yml --site-dir $(CURDIR)/build/docs
+
 bench-gpu: $(VENV)/installed
-	$(BIN)/visionfuse bench engine --csv assets/bench/engine.csv
+	for suite in engine neighborhood sage; do $(BIN)/visionfuse bench $$suite --csv assets/bench/$$suite.csv; done
 	$(BIN)/python -m visionfuse.bench.readme
 
 # The virtual environment. Debian without python3-venv has pip but no ensurepip: pip then installs pip.
@@ -64,14 +72,23 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP) -e .
 	@touch $@
 
+$(VENV)/installed-demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing torch, diffusers, Gradio and visionfuse into $(VENV) (a few minutes, once) ..."
+	@$(PIP) -e ".[demo,video]"
+	@touch $(VENV)/installed $@
+
 # NATTEN is a second oracle in the tests. With a GPU it would compile for a long time, and its tests skip
-# themselves where it is missing, so that a failure here stops nothing.
+# themselves where it is missing, so that a failure here stops nothing. The same goes for Chromium, in which the
+# app is tested: Debian's, where there is apt-get and the right to use it.
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing torch, diffusers, visionfuse and the test tools into $(VENV) (a few minutes, once) ..."
 	@$(PIP) -e ".[dev]"
 	@touch $(VENV)/installed
 	@if [ "$(NATTEN)" = 1 ] && ! command -v nvidia-smi > /dev/null; then \
 	  $(PIP) --no-build-isolation natten || echo "NATTEN did not install; its tests will be skipped."; fi
+	@command -v chromium > /dev/null || { command -v apt-get > /dev/null && apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends chromium > /dev/null; } 2> /dev/null || \
+	  echo "Chromium did not install; the tests in a browser will be skipped."
 	@touch $@
 
 clean:

@@ -73,6 +73,8 @@ COMMANDS = (
     "simulate",
     "tune",
     "calibrate",
+    "demo",
+    "profile",
     "bench attention",
     "bench engine",
 )

@@ -64,6 +64,9 @@ class Hub(BaseHTTPRequestHandler):
             self.repos[name] = {"sha": "0" * 40, "files": {}, "private": private}
             self.answer_json({"url": f"{host}/{name}", "name": name})
             return
+        if self.path == "/api/validate-yaml":
+            self.answer_json({"errors": [], "warnings": []})
+            return
         name, action = self.path.removeprefix("/api/models/").split("/", 2)[:2], self.path
         repo = self.repos["/".join(name)]
         if "/preupload/" in action:
@@ -158,6 +161,41 @@ for name, filename, expected in (
     assert sorted(repo["files"]) == ["recipe.json", "video/recipe.json"]
     assert Recipe.from_dict(json.loads(repo["files"]["recipe.json"])) == RECIPE
     assert any(line.startswith("HEAD /someone/fast-flux/resolve/main/") for line in Hub.asked)
+
+
+def test_cards_push_and_load(hub, tmp_path):
+    RECIPE.save(tmp_path / "mine.json")
+    code = f"""
+from huggingface_hub import ModelCard
+from visionfuse import Recipe
+from visionfuse.cards import card
+
+recipe = Recipe.load({str(tmp_path / "mine.json")!r})
+recipe.push_to_hub("someone/with-card")
+made = card(recipe, base_model="someone/model", license="mit", figures="| PSNR | 42 dB |")
+made.push_to_hub("someone/with-card")
+read = ModelCard.load("someone/with-card")
+assert read.content == made.content
+assert (read.data.library_name, read.data.base_model, read.data.license) == ("visionfuse", "someone/model", "mit")
+assert Recipe.from_pretrained("someone/with-card") == recipe
+"""
+    talk(hub, tmp_path / "home", code)
+    assert set(Hub.repos["someone/with-card"]["files"]) == {"recipe.json", "README.md"}
+    text = Hub.repos["someone/with-card"]["files"]["README.md"].decode()
+    for words in ("# shared", "ä test", "half", "Recipe.from_pretrained", "42 dB"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    "page", sorted(ROOT.glob("assets/*/README.md")), ids=lambda p: p.parent.name
+)
+def test_shipped_models_have_cards(page):
+    from huggingface_hub import ModelCard
+
+    data = ModelCard.load(page).data
+    assert data.license == "mit"
+    assert data.library_name in ("diffusers", "timm")
+    assert data.pipeline_tag
 
 
 def test_a_folder_is_as_good(tmp_path):

@@ -14,6 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = CONFIG["tool"]["setuptools"]
 
+# Folders that stand at the top level and are imported from visionfuse.
+LINKED = ("kernels", "pipelines", "demos")
+
 
 def _run(*command, cwd, **environment) -> str:
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environment
@@ -27,10 +30,10 @@ def _run(*command, cwd, **environment) -> str:
 def _sources() -> dict[str, Path]:
     """Every Python file that belongs in the package, by its place in the package."""
     files = {}
-    for top, prefix in (("visionfuse", ""), ("kernels", "kernels/"), ("pipelines", "pipelines/")):
+    for top, prefix in (("visionfuse", ""), *((name, f"{name}/") for name in LINKED)):
         for path in (ROOT / top).rglob("*.py"):
             inside = path.relative_to(ROOT / top)
-            if inside.parts[0] not in ("kernels", "pipelines") or top != "visionfuse":
+            if inside.parts[0] not in LINKED or top != "visionfuse":
                 files[f"visionfuse/{prefix}{inside.as_posix()}"] = path
     return files
 
@@ -41,7 +44,7 @@ def test_list_of_packages_matches_the_tree():
 
 
 def test_links_serve_development():
-    for name in ("kernels", "pipelines"):
+    for name in LINKED:
         assert (ROOT / "visionfuse" / name).resolve() == ROOT / name
         assert os.readlink(ROOT / "visionfuse" / name) == f"../{name}"
 
@@ -58,7 +61,7 @@ def copy(tmp_path_factory):
     for name in names:
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_bytes((ROOT / name).read_bytes())
-    for name in ("kernels", "pipelines"):
+    for name in LINKED:
         (tree / "visionfuse" / name).write_text(f"../{name}")
     return tree
 
@@ -129,3 +132,94 @@ def test_hugging_face_kernels_is_never_hidden(tmp_path):
     said = _run("-c", "import visionfuse, kernels; print(kernels.get_kernel())", cwd=ROOT,
                 PYTHONPATH=str(tmp_path))  # fmt: skip
     assert said == "the real one"
+
+
+# A finder that has not heard of these, as on a machine where they are not installed.
+WITHOUT = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {missing}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+"""
+BARE = {
+    "triton",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "timm",
+    "gradio",
+    "cv2",
+    "matplotlib",
+    "peft",
+    "natten",
+    "torchao",
+}
+USES = """
+import torch, visionfuse
+from visionfuse import Recipe, recipes
+from visionfuse.kernels.rational import rational
+q, k, v = torch.randn(3, 1, 64, 2, 16)
+plan = visionfuse.plan_attention(visionfuse.TokenLayout.joint(grids=[(8, 8)]), visionfuse.Neighborhood(window=5))
+visionfuse.block_sparse_attention(q, k, v, plan.blocks)
+visionfuse.neighborhood_attention(*torch.randn(3, 1, 8, 8, 2, 16), window=5)
+visionfuse.sage_attention(q, k, v, tensor_layout="NHD")
+rational(torch.randn(4, 8), torch.ones(6), torch.ones(4))
+for name in visionfuse.RECIPES:
+    assert Recipe.from_dict(recipes.build(name).to_dict()) == recipes.build(name)
+from typer.testing import CliRunner
+from visionfuse.cli import app
+for words in (["info"], ["plan", "--grid", "8x8", "--window", "4"], ["--help"]):
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, (words, result.output, result.exception)
+print("done")
+"""
+
+
+def test_it_works_with_torch_alone(tmp_path):
+    """Without a GPU, Triton, diffusers and all else that is not torch: what needs them says so, the rest runs."""
+    code = WITHOUT.format(missing=BARE) + USES
+    assert _run("-c", code, cwd=ROOT, CUDA_VISIBLE_DEVICES="").endswith("done")
+
+
+@pytest.mark.slow
+def test_a_clean_environment(copy, tmp_path):
+    """From the sources to an sdist, to a wheel, into a virtual environment, to the command: outside of the tree."""
+    _run(
+        "-c",
+        f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})",
+        cwd=copy,
+    )
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    _run(
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        sdist,
+        cwd=tmp_path,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    home = tmp_path / "env"
+    _run("-m", "venv", "--without-pip", home, cwd=tmp_path)
+    _run("-m", "pip", "--python", home / "bin" / "python", "install", "--quiet", "--no-deps", "--no-index", wheel,
+         cwd=tmp_path)  # fmt: skip
+    (site,) = home.glob("lib/python*/site-packages")
+    # torch and the like are the ones of this environment, less visionfuse itself: its editable install is a hook.
+    (site / "torch.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
+    done = subprocess.run(
+        [home / "bin" / "visionfuse", "plan", "--grid", "16x16", "--window", "8"], cwd=tmp_path, capture_output=True,
+        text=True, env={"PATH": "", "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "density" in done.stdout
+    where = subprocess.run(
+        [home / "bin" / "python", "-c", "import visionfuse.demos, visionfuse.kernels.plan as p; print(p.__file__)"],
+        cwd=tmp_path, capture_output=True, text=True, env={"PATH": "", "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert Path(where.stdout.strip()).is_relative_to(home), where.stderr

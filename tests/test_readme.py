@@ -6,12 +6,24 @@ from pathlib import Path
 import pytest
 
 from visionfuse.bench.readme import fill_tables
+from visionfuse.recipes import RECIPES
+from visionfuse.sites import SITES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = sorted((ROOT / "assets" / "docs").glob("*.md"))
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *DOCS]
 PYTHON = re.compile(r"(<!-- run -->\n)?```python\n(.*?)```", re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def registries():
+    """Pages register recipes and sites of their own, which other tests shall not meet."""
+    kept = [(registry, dict(registry)) for registry in (RECIPES, SITES)]
+    yield
+    for registry, before in kept:
+        registry.clear()
+        registry.update(before)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -18,7 +18,7 @@ from .kernels.plan import compress
 
 PACKAGES = (
     "visionfuse", "torch", "triton", "diffusers", "transformers", "accelerate", "timm", "peft",
-    "natten", "numpy", "opencv-python-headless", "gradio",
+    "natten", "torchao", "numpy", "opencv-python-headless", "gradio",
 )  # fmt: skip
 
 
