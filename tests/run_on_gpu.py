@@ -1,16 +1,18 @@
 """Every test that a GPU decides, in one go, with a log that is kept: `python tests/run_on_gpu.py --log PATH`.
 
-It needs Python, pytest and the project, no installation: files are dealt to processes, which share the GPU
-(compilation takes most of the time, and that is work for the CPU's cores). What the time limit cut is
-named in the log. Exit status 1: something failed or was cut.
+It needs Python, pytest and the project, no installation. As many processes as cores share the GPUs (compilation
+takes most of the time, and that is work for the cores); each imports everything once and runs its share of all
+tests. What the time limit cut is named in the log. Exit status 1: something failed or was cut.
 
-The same file is the pytest plugin of those processes: `--shard 1/4` keeps every fourth test, and results go
-to `--results`, a line of JSON each, so that a process that was stopped has lost nothing.
+The same file is the pytest plugin of those processes: `--shard 1/4` keeps a quarter of the tests, and results go
+to `--results`, a line of JSON each. What is named there already is left out, so that a process that was stopped
+has lost nothing, and one that a CUDA error has spoiled is started again for the tests after it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -21,68 +23,108 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
-# Patterns of file names, and among how many processes the tests of such a file are dealt.
-FILES = {
-    "test_gluon_*.py": 5,
-    "test_triton_forward.py": 5,
-    "test_triton_backward.py": 4,
-    "test_bias.py": 2,
-    "test_sage*.py": 2,
-    "test_neighborhood_gpu.py": 4,
-    "test_triton_*.py": 2,
-    "test_prologue*.py": 4,
-    "test_precision*.py": 2,
-    "test_score_bound.py": 2,
-    "test_rational*.py": 2,
-    "test_kan*.py": 2,
-    "test_models_*.py": 1,
-    "test_sites_*.py": 3,
-    "test_timm.py": 2,
-    "test_calibrate*.py": 2,
-    "test_schedule_plugin.py": 2,
-    "test_attention*.py": 1,
-    "test_flex.py": 2,
-    "test_key_slots.py": 1,
-    "test_exact.py": 1,
-    "test_plugin_precision.py": 2,
-    "test_plugin_compile.py": 3,
-    "test_plugin_errors.py": 1,
-    "test_bench_engine.py": 1,
-    "test_tune.py": 1,
-}
+# Patterns of file names; of some files only a few tests need a GPU.
+FILES = (
+    "test_*_gpu.py",
+    "test_gluon_*.py",
+    "test_triton_*.py",
+    "test_bias.py",
+    "test_precision_tile.py",
+    "test_prologue.py",
+    "test_prologue_compile.py::test_the_op_keeps_its_contract",
+    "test_prologue_compile.py::test_compiles_into_one_graph",
+    "test_prologue_compile.py::test_cuda_graphs_and_side_streams",
+    "test_prologue_compile.py::test_tensors_of_another_device_than_the_current_one",
+    "test_score_bound.py",
+    "test_rational.py",
+    "test_kan.py",
+    "test_flex.py",
+    "test_sage_fuzz.py::test_odd_inputs_of_kernels",
+    "test_models_medvit.py::test_a_gpu_computes_the_same",
+    "test_sites_families.py::test_kernels_of_a_gpu",
+    "test_plugin_precision.py::test_self_check_knows_rounding",
+)
+MEMORY = 3 << 30  # bytes of a GPU that a process may take, a context of 0.5 GB included
 OUTCOMES = ("passed", "failed", "skipped", "cut")
-PACKAGES = ("torch", "triton", "diffusers", "pytest")
+PACKAGES = ("torch", "triton", "diffusers", "timm", "pytest")
+# After one of these every call of CUDA in the process fails.
+SPOILED = re.compile(r"CUDA error|Triton Error \[CUDA\]|illegal (instruction|memory access)")
+SPOILED_EXIT = 77
 
 
 # -- the plugin -------------------------------------------------------------------------------------
 
 
 def pytest_addoption(parser):
-    parser.addoption("--shard", default="0/1", help="I/N: only every Nth test, from number I on")
+    parser.addoption("--shard", default="0/1", help="I/N: a share of the tests, I from 0 on")
     parser.addoption("--results", default="", help="where results go, a line of JSON each")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    index, _, count = config.getoption("--shard").partition("/")
-    items[:] = items[int(index) :: int(count)]
+    """Deal the tests at random, but always alike; keep those of a module together, for its fixtures' sake.
+
+    Each process begins with another module: a limit cuts some of each.
+    """
+    index, count = map(int, config.getoption("--shard").split("/"))
+    by_chance = sorted(items, key=lambda item: hashlib.md5(item.nodeid.encode()).digest())
+    own = {item.nodeid for item in by_chance[index::count]}
+    modules = list(dict.fromkeys(_file(item.nodeid) for item in items))
+    first = index * len(modules) // count
+    place = {module: (i - first) % len(modules) for i, module in enumerate(modules)}
+    items[:] = [item for item in items if item.nodeid in own]
+    items.sort(key=lambda item: place[_file(item.nodeid)])
     _write(config, {"collected": [item.nodeid for item in items]})
+    begun = {line.get("begun") for line in read_lines(config.getoption("--results"))}
+    items[:] = [item for item in items if item.nodeid not in begun]
 
 
 def pytest_configure(config):
-    class Reporter:
-        def pytest_runtest_logreport(self, report):
-            if report.when == "call" or report.outcome != "passed":
-                text = "" if report.passed or report.skipped else report.longreprtext
-                _write(config, {"test": report.nodeid, "outcome": report.outcome,
-                                "seconds": report.duration, "text": text[-1500:]})  # fmt: skip
+    config.pluginmanager.register(Reporter(config), "run_on_gpu_reporter")
 
-    config.pluginmanager.register(Reporter(), "run_on_gpu_reporter")
+
+class Reporter:
+    def __init__(self, config):
+        self.config = config
+
+    def pytest_collectreport(self, report):
+        if report.failed:  # a file that cannot be imported
+            self._result(report.nodeid, "failed", 0.0, report.longreprtext)
+
+    def pytest_runtest_logstart(self, nodeid):
+        _write(self.config, {"begun": nodeid})
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        """Kernels fail later than they are launched: wait, so that the test that launched them has failed."""
+        try:
+            return (yield)
+        finally:
+            torch = sys.modules.get("torch")
+            if torch is not None and torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()  # other processes need it
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.outcome != "passed":
+            text = report.longreprtext if report.failed else ""
+            self._result(report.nodeid, report.outcome, report.duration, text)
+            if SPOILED.search(text):
+                os._exit(SPOILED_EXIT)
+
+    def _result(self, test: str, outcome: str, seconds: float, text: str) -> None:
+        line = {"test": test, "outcome": outcome, "seconds": seconds, "text": text[-1500:]}
+        _write(self.config, line)
 
 
 def _write(config, line: dict) -> None:
@@ -91,32 +133,48 @@ def _write(config, line: dict) -> None:
             file.write(json.dumps(line) + "\n")
 
 
+def read_lines(path: str | Path) -> list[dict]:
+    if not path or not Path(path).is_file():
+        return []
+    # A process that was killed may have left half a line.
+    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def _file(test: str) -> str:
+    return test.partition("::")[0]
+
+
 # -- the script -------------------------------------------------------------------------------------
 
 
 def main() -> int:
     arguments = parse_arguments()
-    if not arguments.without_gpu and not (gpu := gpu_line(arguments.python)):
+    gpus = [] if arguments.without_gpu else gpus_of()
+    if not gpus and not arguments.without_gpu:
         print("There is no GPU here. --without-gpu tries the script.", file=sys.stderr)
         return 2
     begin = time.monotonic()
-    deadline = begin + arguments.seconds
-    jobs = [(path, f"{i}/{n}") for path, n in chosen(arguments.only) for i in range(n)]
-    if not jobs:
+    tests = chosen(arguments.only)
+    if not tests:
         print(f"No test file matches {arguments.only}.", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.workers) as pool:
-        done = pool.map(
-            lambda job: run_job(*job, arguments, deadline, Path(folder)), interleaved(jobs)
+    count = arguments.workers or workers_for([memory for _, memory in gpus])
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(count) as pool:
+        parts = pool.map(
+            lambda i: run_part(
+                i, count, tests, len(gpus), arguments, begin + arguments.seconds, Path(folder)
+            ),
+            range(count),
         )
-        results = gather(done)
+        results = gather(line for lines in parts for line in lines)
     facts = {
-        "gpu": "none" if arguments.without_gpu else gpu,
+        "gpu": gpu_line([name for name, _ in gpus]),
         "versions": f"python {platform.python_version()}, {versions()}",
         "commit": arguments.commit or commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "limit": f"{arguments.seconds:g} s; took {time.monotonic() - begin:.0f} s "
-        f"in {arguments.workers} processes",
+        f"in {count} processes",
     }  # fmt: skip
     text = log_text(facts, results)
     if arguments.log:
@@ -129,9 +187,9 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--log", type=Path, help="also write the log here")
-    parser.add_argument("--python", default=sys.executable, help="the Python that has pytest")
     parser.add_argument("--seconds", type=float, default=540.0, help="limit of the whole run")
-    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
+    parser.add_argument("--patience", type=float, default=180.0, help="seconds a test may take")
+    parser.add_argument("--workers", type=int, help="as many as cores and memory allow")
     parser.add_argument("--only", nargs="*", default=[], help="file names, e.g. test_prologue.py")
     parser.add_argument("-k", default="", help="as pytest's -k")
     parser.add_argument("--slow", action="store_true", help="the tests marked slow too")
@@ -140,80 +198,124 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def chosen(only: list[str]) -> list[tuple[Path, int]]:
-    """The test files and into how many parts each is dealt; the first pattern that fits decides."""
-    parts: dict[Path, int] = {}
-    for pattern, count in FILES.items():
+def chosen(only: list[str]) -> list[str]:
+    """What pytest is to run: paths of files, or of tests in them."""
+    tests: list[str] = []
+    for entry in FILES:
+        pattern, _, name = entry.partition("::")
         for path in sorted((ROOT / "tests").glob(pattern)):
-            if not only or path.name in only:
-                parts.setdefault(path, count)
-    for name in only:
-        path = ROOT / "tests" / name
-        if path.is_file():
-            parts.setdefault(path, 1)
-    return list(parts.items())
+            if path.name in only or not (only or path.name == "test_run_on_gpu.py"):
+                tests.append(f"{path}::{name}" if name else str(path))
+    named = {Path(_file(test)).name for test in tests}
+    others = [ROOT / "tests" / name for name in only if name not in named]
+    return list(dict.fromkeys([*tests, *(str(path) for path in others if path.is_file())]))
 
 
-def interleaved(jobs: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
-    """The first part of every file, then the second ones: a limit cuts some of each."""
-    return sorted(jobs, key=lambda job: int(job[1].partition("/")[0]))
+def workers_for(memory: list[int]) -> int:
+    """As many as there are cores, while each has its part of the memory of a GPU."""
+    cores = min(64, os.cpu_count() or 1)
+    return max(1, min(cores, sum(n // MEMORY for n in memory))) if memory else cores
 
 
-def run_job(
-    path: Path, shard: str, arguments: argparse.Namespace, deadline: float, folder: Path
-) -> tuple[str, list[dict], str]:
-    """Run a part of a file: its name, the lines that the plugin wrote, and the output if there are none."""
-    name = f"tests/{path.name}"
-    left = deadline - time.monotonic()
-    if left < 3:
-        return name, [{"collected": [f"{name} part {shard}"]}], ""
-    results = folder / f"{path.stem}-{shard.replace('/', '-')}"
+def run_part(
+    index: int, count: int, tests: list[str], gpus: int, arguments: argparse.Namespace,
+    deadline: float, folder: Path,
+) -> list[dict]:  # fmt: skip
+    """Run a part of the tests, in as many processes, one after the other, as it takes: the plugin's lines."""
+    results, done = folder / f"{index}.jsonl", -1
     marks = "" if arguments.slow else "not slow"
-    command = [arguments.python, "-m", "pytest", "-q", "-p", "run_on_gpu", "-p", "no:cacheprovider", "--shard", shard,
-               "--results", str(results), "-m", marks, "-k", arguments.k, "--tb=short", str(path)]  # fmt: skip
+    # --results=PATH, not two arguments: pytest takes a file that exists for a test and names tests from elsewhere.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "run_on_gpu", "-p", "no:cacheprovider", "--tb=short",
+               "--continue-on-collection-errors", f"--shard={index}/{count}", f"--results={results}", "-m", marks,
+               "-k", arguments.k, *tests]  # fmt: skip
+    while True:
+        if results.is_file():
+            results.touch()
+        status, output = run_process(
+            command, environment(index, gpus), results, deadline, arguments.patience
+        )
+        lines = read_lines(results)
+        if status is None and not any("collected" in line for line in lines):
+            cut = dict.fromkeys(f"tests/{Path(_file(test)).name}" for test in tests)
+            return [*lines, {"collected": [f"{file}::part {index}/{count}" for file in cut]}]
+        if status in (None, 0, 1, 5):  # 5: no tests
+            return lines
+        ended = {line["test"] for line in lines if "test" in line}
+        begun = [line["begun"] for line in lines if "begun" in line]
+        blamed = "" if status == SPOILED_EXIT else next((t for t in begun if t not in ended), "")
+        if status != SPOILED_EXIT:
+            failure = {"test": blamed or f"process {index}/{count}", "outcome": "failed", "seconds": 0.0,
+                       "text": f"{output}\nThe process ended with exit status {status}."}  # fmt: skip
+            with results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(failure) + "\n")
+        if len(begun) <= done or (status != SPOILED_EXIT and not blamed):  # it gets no further
+            return read_lines(results)
+        done = len(begun)
+
+
+def run_process(
+    command: list[str], env: dict[str, str], results: Path, deadline: float, patience: float
+) -> tuple[int | None, str]:
+    """Exit status, None where the limit ended it, and output. A kernel that hangs gives no more results."""
+    late = hangs = False
+    with results.with_suffix(".txt").open("w+", encoding="utf-8", errors="replace") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )  # fmt: skip
+        while process.poll() is None and not (late or hangs):
+            time.sleep(0.2)
+            late = time.monotonic() >= deadline
+            hangs = results.is_file() and time.time() - results.stat().st_mtime > patience
+        with suppress(ProcessLookupError):  # and what tests have started, compilers for one
+            os.killpg(process.pid, signal.SIGKILL)
+        status = process.wait()
+        output.seek(0)
+        text = output.read()[-1300:]
+    reason = f"\nNo result for {patience:g} s." if hangs else ""
+    return None if late else status, text + reason
+
+
+def environment(index: int, gpus: int) -> dict[str, str]:
+    """Of a process: it sees all GPUs, for tests that want two, and has its own one first."""
     paths = [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
+    env = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=left)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with the processes that tests have started
-        output, _ = process.communicate()
-    lines = []
-    if results.is_file():
-        lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-    broken = not lines or process.returncode not in (0, 1, 5, -signal.SIGKILL)
-    return name, lines, output[-1500:] if broken else ""
+    if gpus > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(i) for i in range(gpus)]
+        own = index % gpus
+        env["CUDA_VISIBLE_DEVICES"] = ",".join([*names[own:], *names[:own]])
+    return env
 
 
-def gather(done) -> dict[str, dict]:
+def gather(lines: Iterable[dict]) -> dict[str, dict]:
     """Per file: counts of outcomes, seconds, texts of failures, names of what was cut."""
     files: dict[str, dict] = {}
-    for name, lines, output in done:
-        file = files.setdefault(
-            name, {"counts": Counter(), "seconds": 0.0, "failures": {}, "cut": []}
+    collected: dict[str, None] = {}
+    outcome: dict[str, str] = {}
+
+    def file_of(test: str) -> dict:
+        return files.setdefault(
+            _file(test), {"counts": Counter(), "seconds": 0.0, "failures": {}, "cut": []}
         )
-        collected = [test for line in lines for test in line.get("collected", [])]
-        outcome: dict[str, str] = {}
-        for line in lines:
-            if "test" in line:  # setup, call and teardown: the worst of them counts
-                if outcome.get(line["test"]) != "failed":
-                    outcome[line["test"]] = line["outcome"]
-                file["seconds"] += line["seconds"]
-                if line["outcome"] == "failed":
-                    file["failures"][line["test"]] = line["text"]
-        file["counts"].update(outcome.values())
-        cut = [test for test in collected if test not in outcome]
-        file["counts"]["cut"] += len(cut)
-        file["cut"] += cut
-        if output:
-            file["counts"]["failed"] += 1
-            file["failures"][f"{name} (the process)"] = output
+
+    for line in lines:
+        collected |= dict.fromkeys(line.get("collected", []))
+        if "test" in line:  # setup, call and teardown: the worst of them counts
+            test, file = line["test"], file_of(line["test"])
+            if outcome.get(test) != "failed":
+                outcome[test] = line["outcome"]
+            file["seconds"] += line["seconds"]
+            if line["outcome"] == "failed":
+                file["failures"][test] = line["text"]
+    for test, what in outcome.items():
+        file_of(test)["counts"][what] += 1
+    for test in collected:
+        if test not in outcome:
+            file = file_of(test)
+            file["counts"]["cut"] += 1
+            file["cut"].append(test)
     return dict(sorted(files.items()))
 
 
@@ -252,12 +354,23 @@ def without_folders(text: str) -> str:
     return re.sub(r"(?<![\w.}\])/-])/(?:[\w.+@-]+/)+(?=[\w.])", "", text)
 
 
-def gpu_line(python: str) -> str:
-    """GPU and driver, asked of another process: this one holds no memory of the GPU."""
-    code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    name = _output([python, "-c", code])
+def gpus_of() -> list[tuple[str, int]]:
+    """Names and bytes of the visible GPUs, asked of another process: this one holds no memory of them."""
+    code = (
+        "import json, torch; p = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()));"
+        "print(json.dumps([(x.name, x.total_memory) for x in p]))"
+    )
+    return [
+        (name, memory) for name, memory in json.loads(_output([sys.executable, "-c", code]) or "[]")
+    ]
+
+
+def gpu_line(names: list[str]) -> str:
+    if not names:
+        return "none"
     driver = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-    return name and f"{name}, driver {driver.partition(chr(10))[0] or 'unknown'}"
+    many = f"{len(names)} x " if len(names) > 1 else ""
+    return f"{many}{names[0]}, driver {driver.partition(chr(10))[0] or 'unknown'}"
 
 
 def versions() -> str:

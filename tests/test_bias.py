@@ -97,8 +97,12 @@ def test_shared_by_batch_and_heads(module, kind):
 @pytest.mark.parametrize("module", [blocks, triton], ids=["blocks", "triton"])
 def test_sixteen_bits(module, dtype):
     plan = random_plan(3, length_q=50, length_k=70, block_q=32, block_k=16).to(DEVICE)
-    for kind in ("relative", "block"):
-        bias = random_bias(kind, plan, dtype=dtype if kind == "relative" else torch.float32)
+    rows = random_bias("block", plan).rows
+    for bias in (
+        random_bias("relative", plan, dtype=dtype),
+        BlockBias(rows),
+        BlockBias(30 * rows),  # rounded to q's dtype it would move scores by 0.1
+    ):
         check_attention(module.forward, *tensors(plan, dtype=dtype), plan, 0.3, bias)
 
 

@@ -43,7 +43,10 @@ def test_it_beats_every_fixed_precision_at_equal_error(tmp_path):
 
 @pytest.mark.skipif(not ROWS.exists(), reason="no calibration of the shipped model is recorded")
 def test_the_recorded_recipe_beats_fixed_precisions():
-    """Of what was recorded: every fixed precision with as much error on held-out prompts, or more, takes longer."""
+    """Of what was recorded: every fixed precision with as much error on held-out prompts, or more, takes longer.
+
+    As much is within 0.5 dB, 6% of the error: single prompts lie 19 dB apart.
+    """
     with ROWS.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for case in {row["case"] for row in rows}:
@@ -51,7 +54,7 @@ def test_the_recorded_recipe_beats_fixed_precisions():
         names = [row["recipe"] for row in own]
         mine = next(row for row in own if row["recipe"].startswith("flux-micro"))
         rivals = [row for row in own if row["recipe"] in FIXED]
-        worse = [row for row in rivals if float(row["psnr"]) <= float(mine["psnr"])]
+        worse = [row for row in rivals if float(row["psnr"]) <= float(mine["psnr"]) + 0.5]
         assert worse, f"no fixed precision of {names} can be compared with {mine['recipe']}"
         assert float(mine["ms"]) < min(float(row["ms"]) for row in worse)
         assert Recipe.load(MODEL / "recipes" / f"{mine['recipe']}.json").note

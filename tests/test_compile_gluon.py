@@ -115,6 +115,7 @@ def compiled_launches():
         mock.patch.object(torch.cuda, "device_of", return_value=nullcontext()),
         mock.patch.object(module, "forward_kernel", Launcher()),
         mock.patch.object(split, "combine"),
+        mock.patch.object(module, "entries_start_at", return_value=True),  # of some, not of these
         mock.patch.object(score_bound, "largest_squares", squares),
         compile_target("cuda", 90),
     ):

@@ -86,9 +86,14 @@ def test_large_values_nan_and_strides(impl):
     for t in (got[0][3:5], got[1][3:5]):
         assert t.abs().max() < 1e-6
     x[7, 5] = torch.nan
-    y = rswaf_linear(x, weight, impl=impl)
+    y, dx, dw = results(x, weight, grad, impl=impl)
     assert y[7].isnan().all()
     assert torch.equal(y[8:], got[0][8:])
+    assert dx.isnan().nonzero().tolist() == [[7, 5]]
+    of_channel = dw.unflatten(1, (16, -1)).isnan()
+    assert of_channel[:, 5].all()
+    assert of_channel.sum() == of_channel[:, 5].numel()
+    assert rswaf_linear(x, weight.half(), impl=impl)[7].isnan().all()
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -98,7 +98,7 @@ def test_published_state_dicts_load_and_save(tmp_path, images):
 def test_saved_for_the_hub(tmp_path, images):
     """As `hf-hub:` reads it: config.json with the architecture and its arguments, and the weights."""
     model = small()
-    timm.models.save_for_hf(model, tmp_path)
+    timm.models.save_for_hf(model, tmp_path, model_args=SMALL)
     again = create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert isinstance(again, KAT)
     assert torch.equal(model.eval()(images), again.eval()(images))

@@ -342,6 +342,7 @@ def test_sweep(data):
     _sweep(data)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="every draw would be compiled")
 @pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

@@ -258,6 +258,7 @@ def test_sweep(data):
     _sweep(data)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="every draw would be compiled")
 @pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
@@ -298,7 +299,7 @@ def test_addresses_beyond_32_bits():
 COMPILED = {
     ("cuda", 80, "bfloat16", 128, 128, 64, "intervals"): (163, "mma.sync", 128),
     ("cuda", 89, "float16", 64, 128, 64, "bits"): (99, "mma.sync", 128),
-    ("cuda", 90, "bfloat16", 128, 128, 64, "intervals"): (227, "wgmma.mma_async", 256),
+    ("cuda", 90, "bfloat16", 128, 128, 64, "intervals"): (227, "wgmma.mma_async", 264),
     ("hip", "gfx942", "bfloat16", 64, 128, 64, "intervals"): (64, "v_mfma", None),
 }
 

@@ -358,7 +358,7 @@ def lumina2() -> Tiny:
 @tiny
 def wan_vace() -> Tiny:
     transformer = _build(
-        diffusers.WanVACETransformer3DModel, patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12,
+        diffusers.WanVACETransformer3DModel, patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16,
         in_channels=4, out_channels=4, text_dim=WIDTH, freq_dim=16, ffn_dim=32, num_layers=2, vace_layers=[0],
         vace_in_channels=2 * 4 + 64, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
     )  # fmt: skip
@@ -380,7 +380,7 @@ def wan_vace() -> Tiny:
 @tiny
 def skyreels() -> Tiny:
     transformer = _build(
-        diffusers.SkyReelsV2Transformer3DModel, patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12,
+        diffusers.SkyReelsV2Transformer3DModel, patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16,
         in_channels=4, out_channels=4, text_dim=WIDTH, freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
     )  # fmt: skip
     pipe = _pipe(

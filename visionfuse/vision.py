@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import patching, routing
-from .kernels.plan import Dense, Neighborhood
+from .kernels.plan import Dense, Local, Neighborhood, TileWindow
 from .neighborhood import neighborhood_attention
 from .recipe import Recipe
 from .sage import sage_attention
@@ -111,6 +111,10 @@ def _check(model: nn.Module, recipe: Recipe, impl: str) -> list[nn.Module]:
     if recipe.schedule.phases:
         raise ValueError(
             "The recipe has phases of a denoising run; a vision transformer has no steps."
+        )
+    if isinstance(recipe.plan, Local | TileWindow):
+        raise ValueError(
+            "Tile windows and local attention are for denoisers; for a vision transformer choose 'gna' or 'sage'."
         )
     if not recipe.changes_numbers and impl == "auto":
         return []

@@ -145,6 +145,12 @@ def _attend(
         empty = torch.full(q.shape[:3], -torch.inf, device=q.device)
         return torch.zeros_like(q).transpose(1, 2), empty
     k, v = (_gather(x, tile.slices).transpose(1, 2) for x in (k, v))
+    dtype = q.dtype
+    if (
+        bias is not None
+    ):  # SDPA wants q's dtype, in which a large bias would lose what scores differ by
+        exact = torch.promote_types(dtype, bias.dtype)
+        q, k, v, bias = (x.to(exact) for x in (q, k, v, bias))
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     mask = _mask(tile, plan, k.shape[2], q.dtype) if tile.masked else None
@@ -154,10 +160,7 @@ def _attend(
         blind = blind[:, None] if bool(blind.any()) else None
         if blind is not None:
             mask = mask.masked_fill(blind, 0.0)
-    if (
-        bias is not None
-    ):  # on a CPU SDPA takes it in fp32; of 16 bits large ones lose the accuracy of scores
-        bias = bias.to(torch.promote_types(q.dtype, torch.float32) if q.is_cpu else q.dtype)
+    if bias is not None:
         mask = bias if mask is None else mask + bias
     lse = None
     if return_lse:
@@ -170,7 +173,7 @@ def _attend(
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if blind is not None:
         out = out.masked_fill(blind, 0.0)
-    return out.transpose(1, 2), lse
+    return out.transpose(1, 2).to(dtype), lse
 
 
 def _part(x: Tensor, batch, heads) -> Tensor:

@@ -26,7 +26,9 @@ def block_sparse_attention_op(
 ) -> tuple[Tensor, Tensor]:
     """out (B, S_q, H, D) and lse (B, H, S_q), the latter empty unless asked for. impl may be "auto"."""
     blocks, added = BlockPlan.from_tensors(plan, numbers), biases.from_tensors(bias)
-    out, lse = run(impl, q, k, v, blocks, scale, return_lse, Precision.parse(precision), added)
+    # Autocast ends at the op: what is inside has its formats from the precision.
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = run(impl, q, k, v, blocks, scale, return_lse, Precision.parse(precision), added)
     return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
@@ -59,9 +61,10 @@ def block_sparse_attention_backward_op(
     out, lse: those of exact attention, or None.
     """
     blocks, added = BlockPlan.from_tensors(plan, numbers), biases.from_tensors(bias)
-    d_q, d_k, d_v, d_table = run_backward(
-        impl, grad, grad_lse, q, k, v, out, lse, blocks, scale, added, table_gradient
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        d_q, d_k, d_v, d_table = run_backward(
+            impl, grad, grad_lse, q, k, v, out, lse, blocks, scale, added, table_gradient
+        )
     return d_q, d_k, d_v, q.new_empty(0) if d_table is None else d_table
 
 

@@ -150,14 +150,20 @@ def _multiprocessors(x: Tensor) -> int:
 def separate(x, COUNT: tl.constexpr, LOW: tl.constexpr, STEP: tl.constexpr, SLOPE: tl.constexpr):
     """1 + 2^(SLOPE (x - g)) for x [A, B], an exponential each: [A, B, COUNT]."""
     centres = LOW + STEP * tl.arange(0, COUNT).to(tl.float32)[None, None, :]
-    return 1.0 + tl.exp2(tl.minimum(SLOPE * (x[:, :, None] - centres), 100.0))
+    return 1.0 + tl.exp2(at_most_100(SLOPE * (x[:, :, None] - centres)))
 
 
 @triton.jit
 def factored(x, COUNT: tl.constexpr, LOW: tl.constexpr, STEP: tl.constexpr, SLOPE: tl.constexpr):
     """The same from one exponential for all centres, to 2e-6."""
     centres = LOW + STEP * tl.arange(0, COUNT).to(tl.float32)[None, None, :]
-    return 1.0 + tl.exp2(tl.minimum(SLOPE * x, 100.0))[:, :, None] * tl.exp2(-SLOPE * centres)
+    return 1.0 + tl.exp2(at_most_100(SLOPE * x))[:, :, None] * tl.exp2(-SLOPE * centres)
+
+
+@triton.jit
+def at_most_100(x):
+    """Powers of two that stay finite; NaN, which a GPU's plain minimum drops, stays NaN."""
+    return tl.minimum(x, 100.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -95,7 +95,7 @@ class MedViT(NextViT):
         self.head = ClassifierHead(
             dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd
         )
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = dims[-1] * self.head.global_pool.feat_mult()
         self._initialize_weights()
 
 

@@ -17,7 +17,6 @@ from timm.layers import (
     Mlp,
     SelectAdaptivePool2d,
     calculate_drop_path_rates,
-    get_device_dtype,
     register_notrace_module,
     trunc_normal_,
 )
@@ -199,7 +198,8 @@ class NAT(nn.Module):
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = _pooling(global_pool)
-        self.head = self._classifier(get_device_dtype(self))
+        like = next(self.parameters())
+        self.head = self._classifier({"device": like.device, "dtype": like.dtype})
 
     def forward_intermediates(
         self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False,

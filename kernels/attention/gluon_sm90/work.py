@@ -23,7 +23,8 @@ MOST_PARTS = 8
 # Tiles in parts cost another launch, about as long as this many key blocks.
 _COMBINE = 3
 _LEAST_BLOCKS = 4  # of a part
-LEAST_GAIN = 0.04  # of the time of all tiles
+# What parts must save: a share of the time of all tiles, and key blocks.
+LEAST_GAIN, LEAST_SAVED = 0.005, 8
 LEAST_LOAD = 64  # key blocks of a program, below which the launch itself takes the time
 _MOST_SLOTS = 1 << 15
 
@@ -95,7 +96,8 @@ def _parts(cost: Tensor, whole: Tensor, programs: int) -> Tensor:
         tried += [torch.where(last, n, 1) for n in range(2, MOST_PARTS + 1)]
     tried += [(cost * share / load).long().clamp(1, MOST_PARTS) for share in (2, 4)]
     most = ((cost - _TILE_OVERHEAD) // _LEAST_BLOCKS).clamp(min=1)
-    best, least = ones, (1 - LEAST_GAIN) * _schedule(cost, ones, programs)[1]
+    whole_time = _schedule(cost, ones, programs)[1]
+    best, least = ones, min((1 - LEAST_GAIN) * whole_time, whole_time - LEAST_SAVED)
     for parts in tried:
         parts = torch.where(whole, parts.minimum(most), 1)
         slots = int(parts[parts > 1].sum())

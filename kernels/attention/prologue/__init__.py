@@ -2,122 +2,36 @@
 
 RMSNorm and rotary embedding of Q and K, order of the tokens, smoothing of K and quantisation after
 SageAttention2 (Zhang et al., arXiv 2411.10958, sections 3.1 to 3.3), and V as 8-bit tensor cores want it.
-Every element is read once and written once; the mean of K over all tokens, the scales of V per channel and a
-norm over all heads have to be known before, so each of these costs a first read. Everything is computed in
-fp32 and rounded once, where diffusers rounds after the norm and after the rotation.
+Every element is read once and written once; the mean of K, the scales of V per channel and a norm over all
+heads have to be known before, so each of these costs a first read, that of K of every eighth token.
+Everything is computed in fp32 and rounded once, where diffusers rounds after the norm and after the rotation.
 
 `reference` is the same in plain PyTorch, for the tests, and for the reader.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor, library
 
 from ..api import UnsupportedError
+from .plain import dequantized, reference
+from .spec import (
+    EIGHT_BIT,
+    FORMATS,
+    LAYOUTS,
+    MAX_HEAD_DIM,
+    MAX_ROWS,
+    SWAPPED,
+    TINY,
+    Operands,
+    PrologueSpec,
+    mean_step,
+)
 
-# Codes and the largest one. "int4" is -7 .. 7 in int8, for tensor cores without 4 bits.
-FORMATS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0), "int4": (torch.int8, 7.0)}  # fmt: skip
-LAYOUTS = ("tokens", "channels", "channels16")
-# Position p of every 16 tokens of "channels16" holds token SWAPPED[p]: the fp32 accumulator of Q K^T then is,
-# register for register, the 8-bit operand of P V (SageAttention's order).
-SWAPPED = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
-MAX_HEAD_DIM = 256
-MAX_ROWS = 128
-TINY = 2.0**-100  # the least maximum that a scale is made of: a row of zeros has a scale above zero
+__all__ = ["EIGHT_BIT", "FORMATS", "LAYOUTS", "MAX_HEAD_DIM", "MAX_ROWS", "SWAPPED", "TINY", "Operands",
+           "PrologueSpec", "dequantized", "mean_step", "prologue", "reference"]  # fmt: skip
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def mean_step(length: int) -> int:
-    """The mean that smoothing takes from keys is over every so many of `length` tokens.
-
-    What is taken from all keys alike changes no softmax, so it need not be the mean itself. Of 1,024 tokens or
-    more it is within 3% of the deviation, and K is read once and an eighth, not twice. (After a norm over all
-    heads the mean is over all tokens.)
-    """
-    return max(1, min(8, length // 1024))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PrologueSpec:
-    """What the attention kernel wants.
-
-    qk: "same" (the dtype of the inputs), "int8", "int4" (-7 .. 7, kept in int8) or "fp8" (e4m3).
-    q_rows, k_rows: tokens that share a scale: 1, 2, 4, ... 128. (128 of head dim 256 spill registers.)
-    v: "same" or "fp8" (e4m3, a scale per channel).
-    v_layout: "tokens" [B, S, H, D]; "channels" [B, H, D, S padded] or "channels16", the same with the
-        tokens inside every 16 in the order `SWAPPED`.
-    v_padding: the channel layouts are padded with zeros to a multiple of it.
-    smooth_k: subtract from K its mean over tokens (over every few, see `mean_step`). It changes no softmax,
-        only the log-sum-exp: a kernel that returns one adds softmax_scale * (q . k_mean).
-    softmax_scale: is multiplied into q_scale (not into q).
-    eps: of the RMSNorm.
-    """
-
-    qk: str = "same"
-    q_rows: int = 1
-    k_rows: int = 1
-    v: str = "same"
-    v_layout: str = "tokens"
-    v_padding: int = 128
-    smooth_k: bool = False
-    softmax_scale: float = 1.0
-    eps: float = 1e-6
-    version: int = 1
-
-    def __post_init__(self):
-        choices = {"qk": ("same", *FORMATS), "v": ("same", "fp8"), "v_layout": LAYOUTS}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
-        for name in ("q_rows", "k_rows"):
-            rows = getattr(self, name)
-            if not 1 <= rows <= MAX_ROWS or rows & (rows - 1):
-                raise ValueError(f"{name} must be a power of two up to {MAX_ROWS}, got {rows}.")
-        if self.v_padding < 16 or self.v_padding % 16:
-            raise ValueError(f"v_padding must be a multiple of 16, got {self.v_padding}.")
-        if self.qk == "same" and (self.q_rows, self.k_rows, self.softmax_scale) != (1, 1, 1.0):
-            raise ValueError(
-                "q_rows, k_rows and softmax_scale are about scales, which qk='same' has not: "
-                "leave them at 1, or choose qk='int8' or 'fp8'."
-            )
-        if self.version != 1:
-            raise ValueError(f"PrologueSpec version {self.version} is not known, only 1.")
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PrologueSpec:
-        return cls(**values)
-
-
-# What `gluon_sm90.eight_bit` reads; smooth_k and softmax_scale are free.
-EIGHT_BIT = {
-    name: PrologueSpec(qk=qk, k_rows=128, v="fp8", v_layout="channels16")
-    for name, qk in (("fp8", "fp8"), ("int8_fp8", "int8"))
-}
-
-
-class Operands(NamedTuple):
-    """The operands of an attention kernel. None: this spec has none.
-
-    q [B, S, H, D], k [B, S, Hk, D]; v in the layout of the spec.
-    q_scale [B, H, ceil(S / q_rows)], k_scale [B, Hk, ceil(S / k_rows)], v_scale [B, Hk, D]: fp32, above
-    zero; a value is code * scale, and that of q includes softmax_scale.
-    k_mean [B, Hk, D]: fp32, what smoothing has subtracted.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    q_scale: Tensor | None
-    k_scale: Tensor | None
-    v_scale: Tensor | None
-    k_mean: Tensor | None
 
 
 def prologue(
@@ -344,9 +258,7 @@ def check(
                 f"{tuple(table.shape)}."
             )
     if len({table.shape for table in tables}) > 1:
-        raise ValueError(
-            f"cos and sin must have one shape, got {[tuple(t.shape) for t in tables]}."
-        )
+        raise ValueError(f"cos and sin differ: {[tuple(t.shape) for t in tables]}.")
     for name, rows in (("order", order), ("key_order", key_order)):
         if rows is not None and (
             rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64) or not rows.numel()
@@ -357,105 +269,3 @@ def check(
 
 
 # In plain PyTorch ----------------------------------------------------------------------------------
-
-
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spec: PrologueSpec = PrologueSpec(),
-    *,
-    norm_q: Tensor | None = None,
-    norm_k: Tensor | None = None,
-    rotary: tuple[Tensor, Tensor] | None = None,
-    order: Tensor | None = None,
-    key_order: Tensor | None = None,
-) -> Operands:
-    """`prologue`, computed in the inputs' dtype: for the exact result, give float64 (q, k and v suffice)."""
-    q = _rotated(_normalized(q, norm_q, spec.eps), rotary)
-    k = _rotated(_normalized(k, norm_k, spec.eps), rotary)
-    v_top = v.abs().amax(1)  # [B, Hk, D]
-    k_mean = None
-    if spec.smooth_k:
-        across = norm_k is not None and norm_k.numel() > k.shape[-1]
-        k_mean = k[:, :: 1 if across else mean_step(k.shape[1])].mean(1)
-        k = k - k_mean[:, None]
-    q = _ordered(q, order)
-    k, v = (_ordered(x, order if key_order is None else key_order) for x in (k, v))
-    q_scale = k_scale = v_scale = None
-    if spec.qk in FORMATS:
-        q, q_scale = _quantized_rows(q, spec.qk, spec.q_rows)
-        q_scale = q_scale * spec.softmax_scale
-        k, k_scale = _quantized_rows(k, spec.qk, spec.k_rows)
-    if spec.v in FORMATS:
-        v_scale = v_top.clamp(min=TINY) / FORMATS[spec.v][1]
-        v = _rounded(v / v_scale[:, None], spec.v)
-    if spec.v_layout != "tokens":
-        v = torch.nn.functional.pad(
-            v.permute(0, 2, 3, 1).float(), (0, -v.shape[1] % spec.v_padding)
-        ).to(v.dtype)
-    if spec.v_layout == "channels16":
-        v = v.unflatten(-1, (-1, 16))[..., list(SWAPPED)].flatten(-2)
-    return Operands(q, k, v, q_scale, k_scale, v_scale, k_mean)
-
-
-def dequantized(operands: Operands, spec: PrologueSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k [B, S, H, D] and v [B, S, Hk, D] that the operands stand for, in float32; q without
-    softmax_scale, k without its mean."""
-    q, k, v, q_scale, k_scale, v_scale, _ = operands
-    length = k.shape[1]
-    q, k, v = q.float(), k.float(), v.float()
-    if q_scale is not None and k_scale is not None:
-        q = q * _by_token(q_scale / spec.softmax_scale, spec.q_rows, q.shape[1])
-        k = k * _by_token(k_scale, spec.k_rows, length)
-    if spec.v_layout == "channels16":
-        back = torch.tensor(SWAPPED, device=v.device).argsort()
-        v = v.unflatten(-1, (-1, 16))[..., back].flatten(-2)
-    if spec.v_layout != "tokens":
-        v = v[..., :length].permute(0, 3, 1, 2)
-    return q, k, v if v_scale is None else v * v_scale[:, None].float()
-
-
-def _by_token(scale: Tensor, rows: int, length: int) -> Tensor:
-    """[B, H, n] -> [B, S, H, 1]."""
-    return scale.repeat_interleave(rows, 2)[..., :length].transpose(1, 2)[..., None].float()
-
-
-def _normalized(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Over every head [D], or over all heads of a token [H * D]."""
-    if weight is None:
-        return x
-    axes = -1 if weight.numel() == x.shape[-1] else (-2, -1)
-    weight = weight.to(x.dtype) if axes == -1 else weight.to(x.dtype).view(x.shape[-2:])
-    return x * torch.rsqrt(x.square().mean(axes, keepdim=True) + eps) * weight
-
-
-def _rotated(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-    if rotary is None:
-        return x
-    cos, sin = (t.reshape(-1, 1, t.shape[-1]).to(x.dtype) for t in rotary)
-    if cos.shape[-1] == x.shape[-1]:
-        cos, sin = cos[..., 0::2], sin[..., 1::2]
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
-
-
-def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
-    if order is None:
-        return x
-    return x[:, order.long().clamp(min=0)].masked_fill((order < 0)[None, :, None, None], 0.0)
-
-
-def _quantized_rows(x: Tensor, format: str, rows: int) -> tuple[Tensor, Tensor]:
-    """Codes [B, S, H, D] and scales [B, H, ceil(S / rows)] in x's dtype."""
-    length = x.shape[1]
-    top = torch.nn.functional.pad(x.abs().amax(-1).transpose(1, 2), (0, -length % rows))
-    scale = top.unflatten(-1, (-1, rows)).amax(-1).clamp(min=TINY) / FORMATS[format][1]
-    by_token = scale.repeat_interleave(rows, 2)[..., :length].transpose(1, 2)[..., None]
-    return _rounded(x / by_token, format), scale
-
-
-def _rounded(x: Tensor, format: str) -> Tensor:
-    dtype = FORMATS[format][0]
-    x = x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    return (x.round() if dtype == torch.int8 else x).to(dtype)

@@ -159,10 +159,11 @@ def _tuning(dtype: torch.dtype, *, has_masks: bool, BM: int, BN: int, BD: int) -
     else:
         queries, keys = (128, 64), (32, 64)
     common = {"PRECISION": precision, "num_warps": warps, "num_stages": stages}
+    more = {"num_stages": 3} if arch == 90 and 64 < BD <= 128 and not wide else {}
     # A product that is in flight across the edge of the loop holds registers: waited for, `keys` spills
     # nothing at head dim 128 on sm_90, where it spilled 192 bytes a thread.
     return {
         "queries": {"BM": min(BM, queries[0]), "BN": min(BN, queries[1]), "WAIT": False, **common},
         "keys": {"BM": min(BM, keys[0]), "BN": min(widest, keys[1]), "WAIT": target.backend == "cuda",
-                 **common},
+                 **common, **more},
     }  # fmt: skip

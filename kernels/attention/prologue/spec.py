@@ -1,0 +1,107 @@
+"""What the prologue is asked for, and what it gives."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Codes and the largest one. "int4" is -7 .. 7 in int8, for tensor cores without 4 bits.
+FORMATS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0), "int4": (torch.int8, 7.0)}  # fmt: skip
+LAYOUTS = ("tokens", "channels", "channels16")
+# Position p of every 16 tokens of "channels16" holds token SWAPPED[p]: the fp32 accumulator of Q K^T then is,
+# register for register, the 8-bit operand of P V (SageAttention's order).
+SWAPPED = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
+MAX_HEAD_DIM = 256
+MAX_ROWS = 128
+TINY = 2.0**-100  # the least maximum that a scale is made of: a row of zeros has a scale above zero
+
+
+def mean_step(length: int) -> int:
+    """The mean that smoothing takes from keys is over every so many of `length` tokens (all, after a norm over heads).
+
+    What is taken from all keys alike changes no softmax, so it need not be the mean itself. Of 1,024 tokens or
+    more it is within 3% of the deviation, and K is read once and an eighth, not twice.
+    """
+    return max(1, min(8, length // 1024))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrologueSpec:
+    """What the attention kernel wants.
+
+    qk: "same" (the dtype of the inputs), "int8", "int4" (-7 .. 7, kept in int8) or "fp8" (e4m3).
+    q_rows, k_rows: tokens that share a scale: 1, 2, 4, ... 128. (128 of head dim 256 spill registers.)
+    v: "same" or "fp8" (e4m3, a scale per channel).
+    v_layout: "tokens" [B, S, H, D]; "channels" [B, H, D, S padded] or "channels16", the same with the
+        tokens inside every 16 in the order `SWAPPED`.
+    v_padding: the channel layouts are padded with zeros to a multiple of it.
+    smooth_k: subtract from K its mean over tokens (over every few, see `mean_step`). It changes no softmax,
+        only the log-sum-exp: a kernel that returns one adds softmax_scale * (q . k_mean).
+    softmax_scale: is multiplied into q_scale (not into q).
+    eps: of the RMSNorm.
+    """
+
+    qk: str = "same"
+    q_rows: int = 1
+    k_rows: int = 1
+    v: str = "same"
+    v_layout: str = "tokens"
+    v_padding: int = 128
+    smooth_k: bool = False
+    softmax_scale: float = 1.0
+    eps: float = 1e-6
+    version: int = 1
+
+    def __post_init__(self):
+        choices = {"qk": ("same", *FORMATS), "v": ("same", "fp8"), "v_layout": LAYOUTS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
+        for name in ("q_rows", "k_rows"):
+            rows = getattr(self, name)
+            if not 1 <= rows <= MAX_ROWS or rows & (rows - 1):
+                raise ValueError(f"{name} must be a power of two up to {MAX_ROWS}, got {rows}.")
+        if self.v_padding < 16 or self.v_padding % 16:
+            raise ValueError(f"v_padding must be a multiple of 16, got {self.v_padding}.")
+        if self.qk == "same" and (self.q_rows, self.k_rows, self.softmax_scale) != (1, 1, 1.0):
+            raise ValueError(
+                "q_rows, k_rows and softmax_scale are about scales, which qk='same' has not: "
+                "leave them at 1, or choose qk='int8' or 'fp8'."
+            )
+        if self.version != 1:
+            raise ValueError(f"PrologueSpec version {self.version} is not known, only 1.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PrologueSpec:
+        return cls(**values)
+
+
+# What `gluon_sm90.eight_bit` reads; smooth_k and softmax_scale are free.
+EIGHT_BIT = {
+    name: PrologueSpec(qk=qk, k_rows=128, v="fp8", v_layout="channels16")
+    for name, qk in (("fp8", "fp8"), ("int8_fp8", "int8"))
+}
+
+
+class Operands(NamedTuple):
+    """The operands of an attention kernel. None: this spec has none.
+
+    q [B, S, H, D], k [B, S, Hk, D]; v in the layout of the spec.
+    q_scale [B, H, ceil(S / q_rows)], k_scale [B, Hk, ceil(S / k_rows)], v_scale [B, Hk, D]: fp32, above
+    zero; a value is code * scale, and that of q includes softmax_scale.
+    k_mean [B, Hk, D]: fp32, what smoothing has subtracted.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_scale: Tensor | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    k_mean: Tensor | None
