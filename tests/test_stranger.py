@@ -77,12 +77,17 @@ def test_make_demo(clone):
     assert json.loads((clone / "demo.json").read_text())["recipe"] == "gna"
 
 
-def test_a_recipe_of_their_own(clone):
+def save_a_recipe(clone) -> str:
     code = """
 from visionfuse import Neighborhood, Recipe, Schedule
 Recipe(name="mine", plan=Neighborhood(window=8, stride=4), schedule=Schedule(min_steps=0)).save("mine.json")
 """
     run([sys.executable, "-c", code], clone)
+    return (clone / "mine.json").read_text()
+
+
+def test_a_recipe_of_their_own(clone):
+    save_a_recipe(clone)
     said = visionfuse(
         "generate",
         "assets/flux-micro",
@@ -130,7 +135,7 @@ def test_the_app(clone, tmp_path):
             verbose=False,
             analytics_enabled=False,
         )
-        mine = (clone / "mine.json").read_text()
+        mine = save_a_recipe(clone)
         _, _, said, *_ = client.predict(
             "flux-micro", "a red circle", 128, 3, 0, mine, api_name="/image_compare"
         )
