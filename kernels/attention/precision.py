@@ -64,7 +64,7 @@ class Precision:
     pv: of weights and values. "model"; "fp8" (e4m3): values have a scale per channel, weights are at most 448,
         and every block of keys is summed from zero and then added in fp32, because tensor cores sum FP8
         products with 14 bits (two-level accumulation); "fp16": weights have 3 bits more than in bfloat16.
-    smooth_k: subtract from the keys their mean over tokens first, which changes no softmax. True by default
+    smooth_k: subtract from the keys their mean first (of every few of many tokens), which changes no softmax. True by default
         where keys are rounded. Keys of real models have channels far from 0: with one at 15 times their
         deviation the error of FP8 falls by a quarter and that of INT8 by more; it takes 0.4% of the
         time at 16,896 tokens and 4% at 4,608 (H200, dense).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,37 +29,32 @@ Commit = Annotated[str, typer.Option(help="For the CSV, where there is no git.")
 DryRun = Annotated[bool, typer.Option(help="Say what would run, and run nothing.")]
 
 
-def engine(
-    only: Only = "all", csv: Csv = None, seconds: Seconds = None, device: Device = None,
-    commit: Commit = "", dry_run: DryRun = False,
-) -> None:  # fmt: skip
-    """The Hopper engine against its bar, dense, sparse and in 8 bits, each beside its baseline.
-
-    Exit code 1: something failed or was wrong; its row has no time and says why.
-    """
-    _run("engine", only, csv, seconds, device, commit, dry_run)
+_EXIT = "Exit code 1: something failed or was wrong; its row has no time and says why."
 
 
-def neighborhood(
-    only: Only = "all", csv: Csv = None, seconds: Seconds = None, device: Device = None,
-    commit: Commit = "", dry_run: DryRun = False,
-) -> None:  # fmt: skip
-    """neighborhood_attention with all that a layer pays, in 16 and in 8 bits, and gradients.
+def _command(name: str, what: str) -> Callable[..., None]:
+    def command(
+        only: Only = "all", csv: Csv = None, seconds: Seconds = None, device: Device = None,
+        commit: Commit = "", dry_run: DryRun = False,
+    ) -> None:  # fmt: skip
+        _run(name, only, csv, seconds, device, commit, dry_run)
 
-    Exit code 1: something failed or was wrong; its row has no time and says why.
-    """
-    _run("neighborhood", only, csv, seconds, device, commit, dry_run)
+    command.__name__, command.__doc__ = name, f"{what}\n\n{_EXIT}"
+    return command
 
 
-def sage(
-    only: Only = "all", csv: Csv = None, seconds: Seconds = None, device: Device = None,
-    commit: Commit = "", dry_run: DryRun = False,
-) -> None:  # fmt: skip
-    """sage_attention from bf16 to bf16, rounding included, and the errors of every precision.
-
-    Exit code 1: something failed or was wrong; its row has no time and says why.
-    """
-    _run("sage", only, csv, seconds, device, commit, dry_run)
+engine = _command(
+    "engine",
+    "The Hopper engine against its bar, dense, sparse and in 8 bits, each beside its baseline.",
+)
+neighborhood = _command(
+    "neighborhood",
+    "neighborhood_attention with all that a layer pays, in 16 and in 8 bits, and gradients.",
+)
+sage = _command(
+    "sage",
+    "sage_attention from bf16 to bf16, rounding included, and the errors of every precision.",
+)
 
 
 def suite_of(name: str) -> Suite:

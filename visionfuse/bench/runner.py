@@ -53,9 +53,9 @@ def expect(suite: Suite, work: Work | str) -> list[str]:
     for impl, recipes in ((work.impl, work.recipes), ("triton", work.portable)):
         for recipe in recipes:
             asked = [
-                f", at least {bar.least:g} of its baseline"
+                f", {bar.asked}"
                 for bar in bars
-                if (bar.case, bar.impl) == (work.name, impl) and recipe in bar.recipes
+                if bar.case == work.name and bar.impl in ("", impl) and recipe in bar.recipes
             ]
             lines.append(f"  {impl} {recipe}{''.join(asked)}")
     return lines

@@ -1,4 +1,4 @@
-"""`visionfuse bench engine`: what is measured, what is refused, and the table of what is asked."""
+"""`visionfuse bench engine`, `neighborhood` and `sage`: what is measured, what is refused, and the table of what is asked."""
 
 import csv
 from dataclasses import replace
@@ -49,6 +49,15 @@ def test_every_bar_is_measured_by_some_work(suite):
             assert recipe in (work.portable if bar.impl == "triton" else work.recipes)
     keys = [bar.key for bar in asked]
     assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
+def test_a_dry_run_says_what_is_asked(suite):
+    said = [
+        line for work in runner.choose_works(suite, GPU, []) for line in runner.expect(suite, work)
+    ]
+    for bar in bars.BARS[suite.name]:
+        assert any(bar.asked in line for line in said), bar.key
 
 
 def test_limits_are_of_bars():
@@ -265,7 +274,7 @@ def test_command_writes_rows_line_by_line(tmp_path):
 def test_dry_run_says_what_is_asked():
     result = run("--device", "cuda", "--dry-run")
     assert result.exit_code == 0, result.output
-    for words in ("75,600 tokens", "int8_fp8, all in, at least 1.5 of", "triton bf16, at least 0.85",
+    for words in ("75,600 tokens", "int8_fp8, all in, at least 1.5x", "triton bf16, at least 0.85",
                   "prologue"):  # fmt: skip
         assert words in result.output
     lines = run("--device", "cuda", "--dry-run", "--only", "band,d64").output.splitlines()
