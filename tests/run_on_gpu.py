@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -172,7 +172,7 @@ def main() -> int:
         "gpu": gpu_line([name for name, _ in gpus]),
         "versions": f"python {platform.python_version()}, {versions()}",
         "commit": arguments.commit or commit(),
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
         "limit": f"{arguments.seconds:g} s; took {time.monotonic() - begin:.0f} s "
         f"in {count} processes",
     }  # fmt: skip

@@ -42,11 +42,11 @@ def by_definition(q, k, v, window, table):
             y0 = min(max(y - window[0] // 2, 0), height - window[0])
             x0 = min(max(x - window[1] // 2, 0), width - window[1])
             near = slice(y0, y0 + window[0]), slice(x0, x0 + window[1])
-            scores = torch.einsum("hd,ijhd->hij", q[0, y, x], k[0, *near]) / q.shape[-1] ** 0.5
+            scores = torch.einsum("hd,ijhd->hij", q[0, y, x], k[(0, *near)]) / q.shape[-1] ** 0.5
             rows = y0 - y + window[0] - 1, x0 - x + window[1] - 1
             scores += table[:, rows[0] : rows[0] + window[0], rows[1] : rows[1] + window[1]]
             weights = scores.flatten(1).softmax(-1).view_as(scores)
-            out[0, y, x] = torch.einsum("hij,ijhd->hd", weights, v[0, *near])
+            out[0, y, x] = torch.einsum("hij,ijhd->hd", weights, v[(0, *near)])
     return out
 
 

@@ -339,7 +339,7 @@ def largest_box(volume: int, tile: tuple[int, ...]) -> tuple[int, ...]:
 
 def merged(found: list[Entry], path: Path, device: torch.device) -> Table:
     """What was found, beside what a table at `path` has of other implementations and head dims."""
-    from datetime import UTC, datetime
+    from datetime import datetime, timezone
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
@@ -364,7 +364,7 @@ def merged(found: list[Entry], path: Path, device: torch.device) -> Table:
         gpu = {"sms": facts.multi_processor_count, "capability": 10 * facts.major + facts.minor}
     return tiles.Table(
         gpu=tiles.gpu_name(device), entries=(*found, *kept), torch=torch.__version__, triton=triton,
-        date=datetime.now(UTC).date().isoformat(), **gpu,
+        date=datetime.now(timezone.utc).date().isoformat(), **gpu,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import subprocess
 from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -114,5 +114,5 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton,
         "commit": commit,
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
     }
