@@ -148,19 +148,8 @@ def test_op_passes_opcheck():
     q, k, v = inputs(plan.blocks)
     library.opcheck(
         torch.ops.visionfuse.block_sparse_attention.default,
-        (
-            q,
-            k,
-            v,
-            plan.blocks.to_tensors(),
-            plan.blocks.scalars(),
-            [],
-            0.25,
-            "blocks",
-            True,
-            "model",
-        ),
-    )
+        (q, k, v, plan.blocks.to_tensors(), plan.blocks.scalars(), [], 0.25, "blocks", True, "model", None, None),
+    )  # fmt: skip
 
 
 def test_auto_chooses_and_says_why():

@@ -159,7 +159,8 @@ def test_op_passes_opcheck():
     q, k, v = (x.requires_grad_() for x in tensors(plan, heads=2))
     bias = random_bias("relative", plan, heads=2).to_tensors()
     bias[0].requires_grad_()
-    arguments = (q, k, v, plan.to_tensors(), plan.scalars(), bias, 0.25, "blocks", True, "model")
+    arguments = (q, k, v, plan.to_tensors(), plan.scalars(), bias, 0.25, "blocks", True, "model",
+                 None, None)  # fmt: skip
     library.opcheck(block_sparse_attention_op, arguments)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visionfuse.calibrate import choose as choosing
-from visionfuse.calibrate.choose import Group, choose, front
+from visionfuse.calibrate.choose import Group, choose, front, uniform
 
 whole = st.integers(0, 12)  # so that sums are exact and ties are common
 
@@ -55,6 +55,16 @@ def test_equals_brute_force(groups, budget):
         time += sum(group.times[v] for v in names)
         error += sum(group.errors[i, v] for i, v in enumerate(names))
     assert (time, error) == (found.time, found.error)
+
+
+@settings(max_examples=60, deadline=None)
+@given(groups())
+def test_no_variant_alone_beats_the_choice(groups):
+    for variant in range(min(len(group.times) for group in groups)):
+        alone = uniform(groups, variant)
+        assert all(set(names) == {variant} for names in alone.variants)
+        found = choose(groups, alone.error)
+        assert (found.time, found.error) <= (alone.time, alone.error)
 
 
 @settings(max_examples=60, deadline=None)

@@ -9,7 +9,7 @@ import pytest
 
 from visionfuse import Recipe
 from visionfuse.calibrate.command import load, parse_candidates
-from visionfuse.calibrate.compare import alone, compare
+from visionfuse.calibrate.compare import alone
 from visionfuse.calibrate.journal import Journal
 from visionfuse.calibrate.run import Calibration, Task
 from visionfuse.shapes import held_out_scenes
@@ -22,24 +22,24 @@ FIXED = ("sage", "dense precision=fp8")
 
 @pytest.mark.slow
 def test_it_beats_fp8_at_equal_error(tmp_path):
-    """512x512, where attention is long enough for a GPU to gain: no more error than FP8 in all layers and steps on
-    the prompt that was measured, and less predicted time. (Nothing was found yet that has as little error as
-    SageAttention's formats, in less time.)"""
-    texts = [scene.text for scene in held_out_scenes(2, seed=0)]
+    """No more error than FP8 in all layers and steps, and less predicted time; four minutes of two cores.
+
+    512x512, where attention is long enough for FP8 to gain on a GPU, in three steps and with one head measured:
+    emulating FP8 takes a second or two a layer and step.
+    """
     task = Task(
-        candidates=parse_candidates(",".join([*FIXED, "gna density=0.5", "gna density=0.3"])),
-        prompts=(texts[0],), held_out=(texts[1],), steps=6, phases=3, heads=2, batch=64,
+        candidates=parse_candidates("dense precision=fp8,gna density=0.75,gna density=0.5"),
+        prompts=(held_out_scenes(1, seed=0)[0].text,), held_out=(), steps=3, phases=3, heads=1, batch=64,
         call={"height": 512, "width": 512, "max_sequence_length": 64},
     )  # fmt: skip
     journal = Journal(tmp_path, task.to_dict(), resume=False)
     calibration = Calibration(load(str(MODEL), None, False), task, journal)
     assert calibration.measured  # draws the stock picture
-    fp8 = calibration.compare(alone(task.candidates[1]), texts[0], "prompt-0", 0)
+    fp8 = calibration.compare(alone(task.candidates[0]), task.prompts[0], "prompt-0", 0)
     found = calibration.run(budget=fp8)
-    rows = {row.recipe: row for row in compare(calibration, found, "flux-micro", "predicted")}
-    assert found.chosen.psnr >= fp8
-    assert found.ms < rows[FIXED[1]].ms
-    assert (rows["calibrated"].psnr or 0) > 35
+    assert found.chosen.psnr >= fp8 > 30
+    assert found.ms < sum(part.group.times[1] * len(part.layers) for part in found.parts)
+    assert found.recipe.variants  # something is approximated
 
 
 @pytest.mark.skipif(not ROWS.exists(), reason="no calibration of the shipped model is recorded")

@@ -44,6 +44,7 @@ INPUTS = [
     ("float32", 128, "intervals", 64, 64),
     *[(q, 128, "intervals", n, n) for q in ("int8", "fp8", "int8_fp8") for n in (64, 128)],
     ("int8", 128, "intervals", 128, 64),
+    *[("int4", 128, "intervals", n, n) for n in (64, 128)],
     *[(q, 128, "intervals", 64, 128) for q in ("fp8", "int8_fp8")],
 ]
 # Tensor cores have e4m3 from sm_89 on; that of gfx942 is another one.
@@ -56,6 +57,7 @@ TRITON = [
 FAST = [
     (("cuda", 90), ("bfloat16", 128, "intervals", 128, 128)),
     (("cuda", 90), ("fp8", 128, "intervals", 128, 128)),
+    (("cuda", 80), ("int4", 128, "intervals", 64, 64)),
     (("hip", "gfx942"), ("bfloat16", 128, "intervals", 64, 64)),
 ]
 # Bytes of registers that a thread spills. fp32 is six bf16 products of operands in three parts (on sm_100 at
@@ -148,7 +150,7 @@ def test_triton(target, inputs):
         "the kernel is a trap: tensor memory is too small (Triton 3.6, sm_100)"
     )
     if (
-        target == ("cuda", 100) and "int8" in inputs[0]
+        target == ("cuda", 100) and "int" in inputs[0]
     ):  # has no tensor core instruction of its own for it
         assert "mma.sync" in report["instructions"]
     elif (target, inputs[:2]) == (("cuda", 100), ("float32", 128)):
@@ -233,7 +235,7 @@ def compile_triton(
     scales, q = None, torch.zeros(1, 384, 2, head_dim)
     if eight_bit:
         x = prologue.reference(q, q, q, host.TRITON_EIGHT_BIT[precision])
-        scales = host.Scales(x.q_scale, x.k_scale, x.v_scale, x.k_scale.shape[2])
+        scales = host.Scales(x.q_scale, x.k_scale, x.v_scale, x.v_mean, x.k_scale.shape[2])
         q, k, v, out = x.q, x.k, x.v if x.v_scale is not None else q.bfloat16(), q.bfloat16()
     else:
         q = k = v = out = q.to(getattr(torch, precision))

@@ -14,7 +14,8 @@ from visionfuse.kernels.plan import (
     TokenLayout,
     plan_attention,
 )
-from visionfuse.testing import check_attention, random_plan
+from visionfuse.kernels.plan.block_plan import BitMask
+from visionfuse.testing import check_attention, group_plan, random_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 hopper = pytest.mark.skipif(
@@ -112,6 +113,18 @@ def test_bits(block_q, block_k):
 
 
 @hopper
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("bounded", [False, True])
+def test_consumers_pass_by_what_they_do_not_see(mixed, dim, bounded, monkeypatch):
+    from visionfuse.kernels.attention.gluon_sm90 import score_bound
+
+    monkeypatch.setattr(score_bound, "pays", lambda plan: bounded)
+    for seed in range(3):
+        check(group_plan(seed, mixed), dim=dim, heads=4, kv_heads=2)
+
+
+@hopper
 @pytest.mark.parametrize("dim", [8, 36, 40, 72, 80, 96, 160, 256])
 def test_head_dims(dim):
     plan = random_plan(
@@ -183,14 +196,28 @@ def test_rows_are_read_from_multiples_of_four():
 @pytest.mark.parametrize("block_k", [128, 64, 48])
 def test_bits_of_any_mask(kind, block_k):
     pytest.importorskip("triton")
-    from visionfuse.kernels.attention.gluon_sm90.mask import COLUMNS, masks_of
+    from visionfuse.kernels.attention.gluon_sm90.mask import (
+        COLUMNS,
+        EMPTY,
+        KIND_SHIFT,
+        MIXED,
+        WHOLE,
+        masks_of,
+    )
 
     plan = random_plan(
         3, length_q=700, length_k=900, block_q=192, block_k=block_k, kind=kind, axes=3, tables=2,
         variants=2,
     )  # fmt: skip
-    (bits, mask), column = masks_of(plan), torch.arange(COLUMNS)
-    seen = (bits[mask][..., column // 32] >> (column % 32)) & 1 == 1
+    masks, column = masks_of(plan), torch.arange(COLUMNS)
+    bits = masks.bits[masks.entries & (1 << KIND_SHIFT) - 1]
+    thread, bit = column // 2 % 4, column // 8 * 2 + column % 2
+    seen = (bits[..., thread] >> bit) & 1 == 1
+    for group in range(3):
+        kind = masks.entries >> (KIND_SHIFT + 2 * group) & 3
+        rows = seen[:, 64 * group : 64 * group + 64].flatten(1)
+        expected = torch.where(rows.all(1), WHOLE, torch.where(rows.any(1), MIXED, EMPTY))
+        assert torch.equal(kind, expected.int())
     offset = plan.partial.offset.tolist()
     for row, (first, last) in enumerate(pairwise(offset)):
         if first == last:
@@ -210,14 +237,22 @@ def test_equal_masks_are_kept_once():
         TokenLayout.joint(grids=[(12, 24, 32)]), Neighborhood(window=(4, 8, 8)),
         order=Order(kind="tiled", tile=(4, 6, 8)), impl="gluon_sm90", head_dim=128,
     ).blocks  # fmt: skip
-    bits, mask = masks_of(plan)
+    bits, mask, *_ = masks_of(plan)
     assert bits.shape[0] == mask.unique().numel() == bits.unique(dim=0).shape[0] < mask.numel() / 4
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_masks_know_what_a_consumer_passes_by(mixed):
+    pytest.importorskip("triton")
+    from visionfuse.kernels.attention.gluon_sm90.mask import masks_of
+
+    assert masks_of(group_plan(0, mixed))[2:] == (True, mixed)
 
 
 @pytest.mark.parametrize(("batch", "heads", "programs"), [(1, 1, 4), (2, 3, 7), (3, 2, 500)])
 def test_every_tile_is_dealt_once(batch, heads, programs):
     pytest.importorskip("triton")
-    from visionfuse.kernels.attention.gluon_sm90.work import deal
+    from visionfuse.kernels.attention.gluon_sm90.work import _items, deal
 
     plan = random_plan(4, length_q=900, length_k=900, block_q=64, block_k=64, variants=heads)
     offset, items, *_ = deal(plan, batch, heads, programs)
@@ -225,6 +260,19 @@ def test_every_tile_is_dealt_once(batch, heads, programs):
     bh = torch.arange(batch * heads)[:, None]
     expected = (bh * plan.variants + bh % heads) * plan.tiles + torch.arange(plan.tiles)
     assert torch.equal(items.sort().values, expected.flatten().int())
-    length = (plan.full.offset.diff() + plan.partial.offset.diff())[items % (heads * plan.tiles)]
-    loads = [int(length[a:b].sum()) + 2 * (b - a) for a, b in pairwise(offset.tolist())]
-    assert max(loads) <= max(sum(loads) / programs, 0) + int(length.max()) + 2
+    all_items, cost, _ = _items(plan, batch, heads)
+    cost_of = dict(zip(all_items.tolist(), cost.tolist(), strict=True))
+    loads = [sum(cost_of[i] for i in items[a:b].tolist()) for a, b in pairwise(offset.tolist())]
+    assert max(loads) <= sum(loads) / programs + max(cost_of.values())
+
+
+def test_what_consumers_pass_by_costs_nothing():
+    pytest.importorskip("triton")
+    from visionfuse.kernels.attention.gluon_sm90.work import _TILE_OVERHEAD, _items
+
+    plan = group_plan(0, mixed=False)
+    assert isinstance(plan.mask, BitMask)
+    seen = plan.mask.bits.unflatten(1, (3, 64)).any(-1).any(-1).double().mean(1)  # [entries]
+    expected = plan.full.offset.diff() + _TILE_OVERHEAD
+    expected = expected.double().index_add(0, plan.partial.rows, seen)
+    torch.testing.assert_close(_items(plan, 1, 1)[1], expected)

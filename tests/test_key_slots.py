@@ -197,7 +197,11 @@ def kernel(request, monkeypatch):
         pytest.skip("Triton is not interpreted; tests/test_precision_gpu.py runs the kernels")
     module = stand_in(request.param)
     native = SimpleNamespace(
-        load=lambda: module, forward="forward", unsupported="unsupported", width=WIDTH
+        load=lambda: module,
+        forward="forward",
+        unsupported="unsupported",
+        width=WIDTH,
+        int4="int4",
     )
     monkeypatch.setitem(quantized.NATIVE, "triton", native)
     quantized._answers.clear()
@@ -300,7 +304,11 @@ def test_reasons_of_all_three_parts_are_given(kernel, monkeypatch):
     assert dispatch.unsupported_reasons(kernel, q, k, v, plan, precision) == []
     module = stand_in("channels16")
     native = SimpleNamespace(
-        load=lambda: module, forward="forward", unsupported="unsupported", width=WIDTH
+        load=lambda: module,
+        forward="forward",
+        unsupported="unsupported",
+        width=WIDTH,
+        int4="int4",
     )
     monkeypatch.setitem(quantized.NATIVE, "triton", native)
     quantized._answers.clear()

@@ -8,7 +8,7 @@ import torch
 from visionfuse.kernels.plan import Neighborhood, neighborhood_mask
 from visionfuse.neighborhood import neighborhood_attention
 from visionfuse.neighborhood.natten import natten_kernels
-from visionfuse.testing import assert_within_budget
+from visionfuse.testing import assert_within_budget, poisoned_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = (
@@ -98,16 +98,40 @@ def test_auto_on_the_gpu(grid, rule, dim, dtype):
 
 
 @gpu
-@pytest.mark.parametrize("precision", ["fp8", "int8_fp8"])
-def test_eight_bits_on_the_gpu(precision):
+@pytest.mark.parametrize("precision", ["fp8", "int8_fp8", "int8_fp8+smooth_q+smooth_v"])
+@pytest.mark.parametrize(
+    ("grid", "rule"),
+    [
+        ((21, 30, 52), {"window": (12, 16, 16), "stride": (4, 8, 8)}),
+        ((21, 30, 52), {"window": (21, 9, 17), "stride": (1, 3, 6)}),
+        ((64, 80), {"window": 32, "stride": 16}),
+        ((37, 29), {"window": 9, "causal": (True, False)}),
+    ],
+    ids=str,
+)
+def test_eight_bits_on_the_gpu(precision, grid, rule):
+    """Two batch entries, grouped heads, extra tokens with queries; out and lse at their places, none left out."""
     g = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(1, 21, 30, 52, 2, 128, generator=g).to("cuda", torch.bfloat16) for _ in range(3)
-    )
-    rule = {"window": (12, 16, 16), "stride": (4, 8, 8)}
-    exact = neighborhood_attention(q, k, v, **rule).float()
-    error = (neighborhood_attention(q, k, v, **rule, precision=precision).float() - exact).abs()
-    assert error.sum() / exact.abs().sum() < 0.07
+    draw = lambda *s: torch.randn(s, generator=g).to("cuda", torch.bfloat16)
+    q, k, v = draw(2, *grid, 4, 128), draw(2, *grid, 2, 128), draw(2, *grid, 2, 128)
+    extra = {"extra_kv": (draw(2, 5, 2, 128), draw(2, 5, 2, 128)), "extra_q": draw(2, 5, 4, 128)}
+    exact, lse = neighborhood_attention(q, k, v, **rule, **extra, return_lse=True)
+    with poisoned_memory():
+        out, rounded_lse = neighborhood_attention(
+            q, k, v, **rule, **extra, return_lse=True, precision=precision
+        )
+    for a, b in zip(out, exact, strict=True):
+        assert (a - b).float().abs().sum() / b.float().abs().sum() < 0.07
+    for a, b in zip(rounded_lse, lse, strict=True):
+        assert (a - b).abs().max() < 0.25
+
+
+@gpu
+@pytest.mark.parametrize("precision", ["model", "fp8"])
+def test_compiled_inference_on_the_gpu(precision):
+    q, k, v = torch.randn(3, 1, 24, 40, 4, 128, device="cuda", dtype=torch.bfloat16)
+    call = lambda q, k, v: neighborhood_attention(q, k, v, 16, stride=8, precision=precision)
+    torch.testing.assert_close(torch.compile(call, fullgraph=True)(q, k, v), call(q, k, v))
 
 
 @gpu
@@ -117,9 +141,11 @@ def test_no_call_waits_for_the_gpu():
     for _ in range(2):  # the first call makes the plan
         neighborhood_attention(q, k, v, 7)
         neighborhood_attention(q, k, v, 7, bias=table)
+        neighborhood_attention(q, k, v, 16, stride=8, precision="fp8")
     torch.cuda.set_sync_debug_mode("error")
     try:
         neighborhood_attention(q, k, v, 7)
+        neighborhood_attention(q, k, v, 16, stride=8, precision="fp8")
         neighborhood_attention(q, k, v, 7, bias=table)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -176,17 +176,18 @@ def oracle(q, k, v, plan, scale, precision):
         kv = h // (heads // k.shape[2])
         qh, kh, vh = q[b, :, h].double(), k[b, :, kv].double(), v[b, :, kv].double()
         k_mean = kh.mean(0) if precision.smooth_k else torch.zeros_like(kh[0])
-        v_mean = vh.mean(0) if precision.smooth_v else torch.zeros_like(vh[0])
         q_mean = torch.zeros_like(qh)
         if precision.smooth_q:
             for i in tile[tile >= 0].unique():
                 q_mean[tile == i] = qh[tile == i].mean(0).to(q.dtype).double()
         smooth = kh - k_mean
         low_q = (qh - q_mean).to(q.dtype).double()
-        low_v = (vh - v_mean).to(v.dtype).double() if precision.smooth_v else vh
+        low_v = (vh - vh.mean(0)).to(v.dtype).double() if precision.smooth_v else vh
         scores = rounded(low_q, precision.qk, q_group) @ rounded(smooth, precision.qk, k_group).T
         scores = scale * (scores + q_mean @ smooth.T)
-        values = rounded(low_v.T, precision.pv, list(range(vh.shape[1]))).T + v_mean
+        values = rounded(low_v.T, precision.pv, list(range(vh.shape[1]))).T
+        if precision.smooth_v:
+            values = values + (vh - low_v).mean(0)
         scores = scores.masked_fill(~mask[b, h], -math.inf)
         p, total = weights(scores, precision.pv)
         out[b, :, h] = p @ values / total.masked_fill(total == 0, 1.0)
@@ -400,8 +401,8 @@ def test_op_passes_opcheck(impl):
     q, k, v = inputs(plan, dtype=torch.bfloat16)
     library.opcheck(
         torch.ops.visionfuse.block_sparse_attention.default,
-        (q, k, v, plan.to_tensors(), plan.scalars(), [], 0.25, impl, True, "int8_fp8+smooth_v"),
-    )
+        (q, k, v, plan.to_tensors(), plan.scalars(), [], 0.25, impl, True, "int8_fp8+smooth_v", None, None),
+    )  # fmt: skip
 
 
 def test_gradients_go_straight_through():

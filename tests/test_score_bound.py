@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from visionfuse.kernels.attention.gluon_sm90 import score_bound
+from visionfuse.kernels.order import move
 from visionfuse.kernels.plan import Dense, Neighborhood, TokenLayout, plan_attention
 from visionfuse.testing import check_attention, random_plan
 
@@ -35,7 +36,7 @@ def test_largest_squares(dim):
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # the interpreter truncates bf16
     x = torch.randn(2, 333, 3, 3, dim, device=DEVICE).to(dtype)
     q, k = x[:, :, 0], x[:, :200, 1, :1]
-    for tensor, most in zip((q, k), score_bound.largest_squares(q, k), strict=True):
+    for tensor, most in zip((q, k), move.moved_with_squares(q, k, k, None, None)[3], strict=True):
         expected = tensor.float().square().sum(-1).amax(1).flatten()
         assert torch.allclose(most, expected, rtol=1e-5)
 
@@ -44,7 +45,7 @@ def test_largest_squares(dim):
 def test_what_is_not_finite_gives_no_bound(bad):
     q = torch.zeros(1, 100, 2, 64, device=DEVICE)
     q[0, 50, 1, 3] = bad
-    most = score_bound.largest_squares(q, q)[0]
+    most = move.moved_with_squares(q, q, q, None, None)[3][0]
     assert most[0] == 0
     assert not most[1] < 1e30
 

@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -204,6 +204,19 @@ def random_plan(
         mask=mask, variant=variant, variants=variants,
     )  # fmt: skip
     return plan.to(device)
+
+
+def group_plan(seed: int, mixed: bool) -> BlockPlan:
+    """Entries of which every group of 64 queries sees all or nothing, `mixed`: some of them with random bits besides."""
+    plan = random_plan(
+        seed, length_q=700, length_k=896, block_q=192, block_k=128, kind="bits", ragged=False
+    )
+    assert isinstance(plan.mask, BitMask)
+    g = torch.Generator().manual_seed(seed)
+    kinds = torch.randint(2 + mixed, (plan.mask.bits.shape[0], 3), generator=g)
+    kinds = kinds.repeat_interleave(64, 1)[..., None]  # [entries, 192, 1]
+    bits = torch.where(kinds == 2, plan.mask.bits, -(kinds == 1).int())
+    return replace(plan, mask=BitMask(bits=bits.int()))
 
 
 def random_bias(

@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..order.permute import IN_PLACE, Orders, moved, take
 from ..plan.block_plan import BlockPlan
 from .bias import Bias, BlockBias, RelativeBias
 from .precision import MODEL, Precision
@@ -30,6 +31,8 @@ BACKWARD = {
     "triton": "triton",
     "gluon_sm90": "triton",
 }
+# Those that read and write tokens in their own order; for others these are moved before and after.
+ORDERED = ("gluon_sm90",)
 # Differentiable torch code of others: eager autograd goes through it and not through the opaque op.
 DIFFERENTIABLE = ("flex",)
 # Biases that an implementation adds to products of (16-bit, 8-bit) operands, where not all.
@@ -102,8 +105,9 @@ def run(
     return_lse: bool,
     precision: Precision,
     bias: Bias | None = None,
+    order: Orders = IN_PLACE,
 ) -> tuple[Tensor, Tensor | None]:
-    """out (B, S_q, H, D) in q's dtype and lse (B, H, S_q) fp32 or None.
+    """out (B, S_q, H, D) in q's dtype and lse (B, H, S_q) fp32 or None, in the order of q.
 
     Raises UnsupportedError, with all reasons, where a named implementation cannot run.
     """
@@ -111,9 +115,14 @@ def run(
         impl = fastest(q, k, v, plan, precision, bias)[0]
     if reasons := unsupported_reasons(impl, q, k, v, plan, precision, bias):
         raise UnsupportedError(refusal(impl, reasons, precision))
-    module = implementation(impl)
+    if order.moves and impl not in ORDERED:
+        q, k, v = moved([q, k, v], order.of_all)
+        out, lse = run(impl, q, k, v, plan, scale, return_lse, precision, bias)
+        back = order.back.queries
+        return moved([out], [back])[0], None if lse is None else take(lse, back, dim=2)
+    own = {"order": order} if order.moves else {}
     if precision.is_model:
-        return module.forward(q, k, v, plan, scale, return_lse, bias)
+        return implementation(impl).forward(q, k, v, plan, scale, return_lse, bias, **own)
     if is_emulated(impl, precision):
         from . import emulation
 
@@ -123,7 +132,7 @@ def run(
         )
     from . import quantized
 
-    return quantized.forward(impl, q, k, v, plan, scale, return_lse, precision, bias)
+    return quantized.forward(impl, q, k, v, plan, scale, return_lse, precision, bias, **own)
 
 
 def needs_lse(impl: str, q: Tensor) -> bool:
@@ -148,12 +157,22 @@ def backward_reasons(
 def run_backward(
     impl: str, grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     out: Tensor | None, lse: Tensor | None, plan: BlockPlan, scale: float, bias: Bias | None,
-    table_gradient: bool,
+    table_gradient: bool, order: Orders = IN_PLACE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of q, k, v and, if asked for, of a relative bias' table, from those of out and lse.
 
     out, lse: of exact attention; None: computed again. They are where a forward has rounded its operands.
     """
+    if order.moves:
+        q, k, v = moved([q, k, v], order.of_all)
+        of_out = [x for x in (grad, out) if x is not None]
+        grad, *outs = moved(of_out, [order.queries] * len(of_out))
+        grad_lse, lse = (x if x is None else take(x, order.queries, dim=2) for x in (grad_lse, lse))
+        *found, d_table = run_backward(
+            impl, grad, grad_lse, q, k, v, outs[0] if outs else None, lse, plan, scale, bias, table_gradient
+        )  # fmt: skip
+        d_q, d_k, d_v = moved(found, order.back.of_all)
+        return d_q, d_k, d_v, d_table
     if impl == "auto":
         impl = fastest(q, k, v, plan, MODEL, bias)[0]
         if backward_reasons(impl, q, k, v, plan, bias):

@@ -112,7 +112,7 @@ def _may_overflow(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
 
 
 def exact_weights(p: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights up to 1 -> (as they are multiplied, as they are summed), [..., keys] each."""
+    """Weights up to 1, which may be overwritten -> (as they are multiplied, as they are summed), [..., keys] each."""
     return p, p
 
 
@@ -125,7 +125,7 @@ def weights_of(precision: Precision, dtype: torch.dtype) -> Weights:
         top = 2.0**WEIGHT_LOG2
 
         def e4m3(p: Tensor) -> tuple[Tensor, Tensor]:
-            p = (p * top).to(torch.float8_e4m3fn).to(p.dtype) / top
+            p = p.copy_(p.mul_(top).to(torch.float8_e4m3fn)).div_(top)
             return p, p
 
         return e4m3
@@ -137,11 +137,11 @@ def weights_of(precision: Precision, dtype: torch.dtype) -> Weights:
 
 def _attend(q, k, v, added, *, scale: float, weights: Weights) -> tuple[Tensor, Tensor]:
     """q [B, H, M, D], k and v [B, H, N, D], what is added to scores, broadcast -> out [B, H, M, D], lse [B, H, M]."""
-    scores = q @ k.mT * scale
+    scores = (q * scale) @ k.mT
     for x in added:
         scores += x
     top = scores.amax(-1, keepdim=True)
-    p, counted = weights((scores - top.masked_fill(top == -torch.inf, 0.0)).exp_())
+    p, counted = weights(scores.sub_(top.masked_fill(top == -torch.inf, 0.0)).exp_())
     total = counted.sum(-1, keepdim=True)
     out = p @ v / total.masked_fill(total == 0, 1.0)  # rows that see no key: 0, and -inf
     return out, (top + total.log())[..., 0]

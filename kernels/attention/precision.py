@@ -58,9 +58,10 @@ class Precision:
     """The formats of one attention. Immutable and hashable; `str` and `parse` are inverse.
 
     qk: of queries and keys. "model" keeps what the model computes in, usually bfloat16; "int8", "fp8"
-        (e4m3) and "int4" round queries and keys to it. INT4 is multiplied as INT8 where tensor cores have
-        no INT4 (Hopper): there it costs accuracy and saves no time. `quantize.pack_int4` stores two codes a
-        byte, which saves memory alone.
+        (e4m3) and "int4" round queries and keys to it. INT4 is multiplied as INT8, as tensor cores since Hopper
+        have no INT4: it costs accuracy and saves no time. The portable kernel ("triton") reads two codes a
+        byte and unpacks them in registers: half the memory of INT8. The one for Hopper, whose tensor cores
+        read codes from where they were loaded to, has a byte for each.
     pv: of weights and values. "model"; "fp8" (e4m3): values have a scale per channel, weights are at most 448,
         and every block of keys is summed from zero and then added in fp32, because tensor cores sum FP8
         products with 14 bits (two-level accumulation); "fp16": weights have 3 bits more than in bfloat16.
@@ -133,7 +134,7 @@ class Precision:
             return ""
         return (
             "INT4 codes are multiplied as INT8, as GPUs since Hopper have no INT4 units: it shows the quality of 4 bits "
-            "and saves no time"
+            "and saves no time; only impl='triton' stores two of them a byte, which saves memory"
         )
 
     def __str__(self) -> str:

@@ -55,8 +55,10 @@ def rounded(
         k_mean = y[:, :: mean_step(y.shape[1])].mean(1, keepdim=True)
         y = y - k_mean
     if precision.smooth_v:
-        v_mean = z.mean(1, keepdim=True)
-        z = saturated(z - v_mean, dtype).double()  # the prologue reads the model's format
+        # The prologue reads the model's format, which rounds numbers of one exponent to one side: the mean that
+        # is added in the end is of what was taken.
+        z = saturated(z - z.mean(1, keepdim=True), dtype).double()
+        v_mean = (v.double() - z).mean(1, keepdim=True)
     z = _rounded_channels(z, precision.pv)
     y, z = ordered(y, key_order), ordered(z, key_order)
     if precision.qk != "model":
@@ -142,6 +144,11 @@ def fp16_scale(top: Tensor) -> Tensor:
     two that brings the maximum to 2^14 .. 2^15, so that neither end of float16 is near."""
     exponent = torch.frexp(top)[1]
     return torch.ldexp(torch.ones_like(top), (exponent - 15).clamp(min=-126))
+
+
+def token_mean(x: Tensor) -> Tensor:
+    """(B, S, H, D) -> (B, 1, H, D) in fp32, finite where x is: no sum passes the largest number."""
+    return saturated((x.float() / x.shape[1]).sum(1, keepdim=True), torch.float32)
 
 
 def saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -248,28 +255,3 @@ def smoothing_shift(q: Tensor, k_mean: Tensor, scale: float) -> Tensor:
     """
     mean = k_mean.repeat_interleave(q.shape[2] // k_mean.shape[1], 1)[..., None]  # [B, H, D, 1]
     return (scale * (q.to(mean.dtype).transpose(1, 2) @ mean))[..., 0]
-
-
-# Storage -------------------------------------------------------------------------------------------
-
-
-def pack_int4(codes: Tensor) -> Tensor:
-    """Codes -7 .. 7 in int8 [..., D] -> two a byte, uint8 [..., D / 2]: channel 2 j in the low bits of byte j.
-
-    Half the memory of caches of keys. Tensor cores of Hopper and newer have no INT4, where codes are
-    unpacked and multiplied as INT8: that saves no time.
-    """
-    if codes.dtype != torch.int8 or codes.shape[-1] % 2:
-        raise ValueError(
-            f"pack_int4 takes int8 with an even last dim, got {codes.dtype} {tuple(codes.shape)}."
-        )
-    low, high = (codes & 15).view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
-    return low | (high << 4)
-
-
-def unpack_int4(packed: Tensor) -> Tensor:
-    """The inverse of `pack_int4`: uint8 [..., D / 2] -> int8 [..., D]."""
-    if packed.dtype != torch.uint8:
-        raise ValueError(f"unpack_int4 takes uint8, got {packed.dtype}.")
-    codes = torch.stack((packed << 4, packed & 240), -1).view(torch.int8)
-    return (codes >> 4).flatten(-2)  # an arithmetic shift keeps the sign

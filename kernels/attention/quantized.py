@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..order.permute import IN_PLACE, Orders, take, through
 from ..plan.block_plan import BlockPlan
 from . import key_slots as slots
 from . import prologue as fused
@@ -33,12 +34,16 @@ SCALE_ROWS = 128  # keys that share a scale of "block"
 
 @dataclass(frozen=True, slots=True)
 class Native:
-    """Where an implementation's kernel for rounded operands is. width: of its key slots; None: least."""
+    """Where an implementation's kernel for rounded operands is.
+
+    width: of its key slots; None: least. int4: how it reads codes of INT4, of the formats of the prologue.
+    """
 
     module: str
     forward: str
     unsupported: str
     width: int | None = None
+    int4: str = "int4"
 
     def load(self) -> ModuleType:
         return import_module(f".{self.module}", __package__)
@@ -46,7 +51,7 @@ class Native:
 
 NATIVE = {
     "gluon_sm90": Native("gluon_sm90.eight_bit", "forward", "unsupported", width=SCALE_ROWS),
-    "triton": Native("triton", "forward_quantized", "unsupported_quantized"),
+    "triton": Native("triton", "forward_quantized", "unsupported_quantized", int4="int4x2"),
 }
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -123,8 +128,12 @@ def forward(
     return_lse: bool,
     precision: Precision,
     bias: Bias | None = None,
+    order: Orders = IN_PLACE,
 ) -> tuple[Tensor, Tensor | None]:
-    """q (B, S_q, H, D), k and v (B, S_k, H_kv, D) -> out (B, S_q, H, D) in q's dtype, lse (B, H, S_q) fp32."""
+    """q (B, S_q, H, D), k and v (B, S_k, H_kv, D) -> out (B, S_q, H, D) in q's dtype, lse (B, H, S_q) fp32.
+
+    order: of these tokens beside that of the plan, for kernels that write rows to their places.
+    """
     native = NATIVE[impl]
     module = native.load()
     if scale <= 0:  # kernels take the running maximum before scaling, which needs a positive scale
@@ -132,20 +141,24 @@ def forward(
     given_q, dtype = q, q.dtype
     v_mean = None
     if precision.smooth_v:
-        parts = v.float() / v.shape[1]  # their sum has no need to pass the largest number
-        v_mean = quantize.saturated(parts.sum(1, keepdim=True), torch.float32)  # [B, 1, Hk, D]
+        v_mean = quantize.token_mean(v)  # [B, 1, Hk, D]
         v = quantize.saturated(v - v_mean, dtype)
-    if precision.smooth_q:
-        q_mean = quantize.tile_means(q, plan)
-        q = quantize.without_tile_means(q, q_mean, plan)
-    moved = slots.key_slots(plan, _width(native, plan, precision))
-    spec = _spec(native, precision)
+        v_mean = v_mean - quantize.token_mean(v)  # numbers of one exponent are rounded to one side
     by_tile = precision.q_scale == TILE
-    x = fused.prologue(q[:, :1] if by_tile else q, k, v, spec, key_order=moved.order)
+    moved = slots.key_slots(plan, _width(native, plan, precision))
+    q_order, key_order = order.queries, through(order.keys, moved.order)
+    if precision.smooth_q or by_tile or key_order is None:  # tiles are of the plan's order
+        q, q_order = take(q, q_order), None
+    if precision.smooth_q:
+        from . import query_means
+
+        q, q_mean = query_means.without_means(q, plan)
+    spec = _spec(native, precision)
+    x = fused.prologue(q[:, :1] if by_tile else q, k, v, spec, order=q_order, key_order=key_order)
     if by_tile:  # the prologue knows no tiles: it had one query to do
         from .query_tiles import round_tiles
 
-        codes, q_scale = round_tiles(q, plan, precision.qk)
+        codes, q_scale = round_tiles(q, plan, spec.qk)
         x = x._replace(q=codes, q_scale=q_scale)
     elif x.q_scale is not None and spec.q_rows > 1:  # kernels read a scale for every query
         q_scale = x.q_scale.repeat_interleave(spec.q_rows, 2)[..., : q.shape[1]]
@@ -154,13 +167,17 @@ def forward(
     if precision.pv == "fp16" and dtype != torch.float16:
         v_scale = quantize.fp16_scale(v.abs().amax(1, keepdim=True).float())
         x = x._replace(v=(x.v / v_scale).half())
-    if precision.smooth_q:
-        keys = k.float() if x.k_mean is None else k - x.k_mean[:, None]
-        rows = quantize.mean_rows(_bounded(q_mean.float()), _bounded(keys), scale)
-        bias = BlockBias(rows + bias.rows if isinstance(bias, BlockBias) else rows)
     moved_bias = None if bias is None else moved.bias(bias)
+    if precision.smooth_q:
+        rows = query_means.rows(q_mean, k, x.k_mean, scale, key_order)
+        moved_bias = BlockBias(
+            rows + moved_bias.rows if isinstance(moved_bias, BlockBias) else rows
+        )
+    if v_mean is not None and x.v_mean is not None:  # added by the kernel
+        x, v_mean = x._replace(v_mean=v_mean[:, 0]), None
     with_lse = return_lse or v_mean is not None
-    out, lse = _function(module, native.forward)(x, moved.plan, scale, with_lse, moved_bias)
+    own = () if order.queries is None else (order.queries,)
+    out, lse = _function(module, native.forward)(x, moved.plan, scale, with_lse, moved_bias, *own)
     group = q.shape[2] // k.shape[2]
     if v_scale is not None:
         out = out * v_scale.repeat_interleave(group, 2)
@@ -171,11 +188,6 @@ def forward(
         shifted = lse + quantize.smoothing_shift(given_q, x.k_mean, scale)
         lse = torch.where(lse == -torch.inf, lse, shifted)  # huge numbers may shift by infinity
     return out.to(dtype), lse if return_lse else None
-
-
-def _bounded(x: Tensor) -> Tensor:
-    """Finite numbers that products of may be summed in fp32."""
-    return x.clamp(-(2.0**50), 2.0**50)
 
 
 def _groups(precision: Precision) -> dict[str, Groups]:
@@ -204,7 +216,7 @@ def _spec(native: Native, precision: Precision) -> PrologueSpec:
     layout = getattr(native.load(), "QUANTIZED_V_LAYOUT", "channels16")
     groups = _groups(precision)
     return PrologueSpec(
-        qk=precision.qk,
+        qk=native.int4 if precision.qk == "int4" else precision.qk,
         q_rows=groups["q_scale"].tile or 1,
         k_rows=groups["k_scale"].tile or 1,
         v="fp8" if precision.pv == "fp8" else "same",
@@ -229,14 +241,16 @@ def _operand_shapes(
     if spec.v_layout != "tokens":
         v = (batch, kv_heads, dim, -(-length_k // spec.v_padding) * spec.v_padding)
     code, f32 = FORMATS[spec.qk][0], torch.float32
+    width = dim // 2 if code == torch.uint8 else dim
     return Operands(
-        q=like(code, batch, length_q, heads, dim),
-        k=like(code, batch, length_k, kv_heads, dim),
+        q=like(code, batch, length_q, heads, width),
+        k=like(code, batch, length_k, kv_heads, width),
         v=like(FORMATS[spec.v][0] if spec.v in FORMATS else values, *v),
         q_scale=like(f32, batch, heads, length_q),
         k_scale=like(f32, batch, kv_heads, -(-length_k // spec.k_rows)),
         v_scale=like(f32, batch, kv_heads, dim) if spec.v in FORMATS else None,
         k_mean=like(f32, batch, kv_heads, dim) if spec.smooth_k else None,
+        v_mean=like(f32, batch, kv_heads, dim) if spec.v in FORMATS else None,
     )
 
 

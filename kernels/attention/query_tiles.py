@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..plan.block_plan import BlockPlan
 from .prologue import FORMATS
-from .prologue.kernel import INTERPRETED, _codes, _load_rows, _maximum
+from .prologue.kernel import INTERPRETED, _codes, _load_rows, _maximum, _packed, _split
 
 ROWS = 32  # queries in registers
 
@@ -28,11 +28,12 @@ def _tiles_kernel(
 ):  # fmt: skip
     h, tile, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, count = tl.load(p_start + tile), tl.load(p_count + tile)
-    o_m, o_d = tl.arange(0, BM), tl.arange(0, BD)
+    PER: tl.constexpr = 2 if p_codes.dtype.element_ty == tl.uint8 else 1  # codes a byte
+    o_m, o_d, o_c = tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BD // PER)
     token = (start + o_m).to(tl.int64)
     p_q += b.to(tl.int64) * q_b + h * q_h + token[:, None] * q_s + o_d[None, :]
     row = (b.to(tl.int64) * length + token) * heads + h
-    p_codes += row[:, None] * D + o_d[None, :]
+    p_codes += row[:, None] * (D // PER) + o_c[None, :]
     p_scale += (b.to(tl.int64) * heads + h) * length + token
 
     bits = tl.zeros((BM,), tl.int32)
@@ -45,14 +46,20 @@ def _tiles_kernel(
         first = tl.zeros((), tl.int64) + index
         inside = first + o_m < count
         b_x = _load_rows(p_q + first * q_s, inside, D, BD)
-        codes = _codes(b_x * (LIMIT / top), p_codes.dtype.element_ty)
-        stored = inside[:, None] & (o_d < D)[None, :]
-        tl.store(p_codes + first * heads * D, codes, mask=stored)
+        b_x *= LIMIT / top
+        stored = inside[:, None] & (o_c < D // PER)[None, :]
+        if PER == 2:
+            b_a, b_b = _split(b_x, BM, BD)
+            codes = _packed(b_a, b_b)
+        else:
+            codes = _codes(b_x, p_codes.dtype.element_ty)
+        tl.store(p_codes + first * heads * (D // PER), codes, mask=stored)
         tl.store(p_scale + first, tl.zeros((BM,), tl.float32) + top / LIMIT, mask=inside)
 
 
 def round_tiles(q: Tensor, plan: BlockPlan, format: str) -> tuple[Tensor, Tensor]:
-    """q (B, S_q, H, D) -> codes (B, S_q, H, D) and, for every query, the scale of its tile (B, H, S_q), fp32.
+    """q (B, S_q, H, D) -> codes (B, S_q, H, D) in a format of the prologue ("int4x2": D / 2 bytes) and, for every
+    query, the scale of its tile (B, H, S_q), fp32.
 
     Queries in no tile, which no kernel reads, get neither. Equal to `quantize.quantized_tiles` but for the
     rounding of a scale.
@@ -60,7 +67,8 @@ def round_tiles(q: Tensor, plan: BlockPlan, format: str) -> tuple[Tensor, Tensor
     batch, length, heads, dim = q.shape
     q = q if q.stride(-1) == 1 else q.contiguous()
     dtype, limit = FORMATS[format]
-    codes = torch.empty(batch, length, heads, dim, dtype=dtype, device=q.device)
+    width = dim // 2 if dtype == torch.uint8 else dim
+    codes = torch.empty(batch, length, heads, width, dtype=dtype, device=q.device)
     scale = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
     options: dict[str, Any] = {} if INTERPRETED else {"num_warps": 4}
     options |= {"LIMIT": limit, "D": dim, "BM": ROWS, "BD": triton.next_power_of_2(dim)}

@@ -74,6 +74,15 @@ def choose(groups: Sequence[Group], budget: float) -> Selection:
     return Selection(variants=tuple(reversed(picks)), time=result_time, error=result_error)
 
 
+def uniform(groups: Sequence[Group], variant: int) -> Selection:
+    """One variant in all layers of all groups."""
+    return Selection(
+        variants=tuple((variant,) * len(group.errors) for group in groups),
+        time=sum(len(group.errors) * group.times[variant] for group in groups),
+        error=sum(float(group.errors[:, variant].sum()) for group in groups),
+    )
+
+
 def choose_in_order(phases: Sequence[Sequence[Group]], budget: float) -> Selection:
     """The selection of least time inside the budget in which all groups of a phase run one variant, and variants
     follow one another in their order; of none of them need there be a phase.

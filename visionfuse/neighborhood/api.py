@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..kernels.attention import Precision, RelativeBias, block_sparse_attention
 from ..kernels.attention.dispatch import fastest
-from ..kernels.order import inverse_permutation
+from ..kernels.order.permute import Orders
 from ..kernels.plan import BlockPlan, Neighborhood, Segment, TokenLayout, compress
 from ..kernels.plan.halo import plan_neighborhood
 from ..kernels.plan.tiles import block_shapes
@@ -87,22 +87,22 @@ def neighborhood_attention(
     blocks = BlockPlan.from_tensors(plan.tensors, plan.numbers)
     rank = len(grid)
     more_k, more_v = extra_kv or (None, None)
-    q = _in_order(q.flatten(1, rank), plan.q_order, plan.q_inverse, extra_q)
-    k = _in_order(k.flatten(1, rank), plan.k_order, plan.k_inverse, more_k)
-    v = _in_order(v.flatten(1, rank), plan.k_order, plan.k_inverse, more_v)
+    q, k, v = (
+        x.flatten(1, rank) if extra is None else torch.cat([x.flatten(1, rank), extra], dim=1)
+        for x, extra in zip((q, k, v), (extra_q, more_k, more_v), strict=True)
+    )
     relative = None
     if bias is not None:
         sizes = tuple([index(n) for n in bias.shape])
         relative = RelativeBias(bias.flatten(1), *_bias_indices(call, sizes))
-    options: Any = {"scale": scale, "impl": impl, "precision": precision, "bias": relative}
+    order = Orders(plan.q_order, plan.k_order)
+    options: Any = {
+        "scale": scale, "impl": impl, "precision": precision, "bias": relative, "order": order
+    }  # fmt: skip
     if not return_lse:
-        out = block_sparse_attention(q, k, v, blocks, **options)
-        return _on_grid(out, grid, plan, call.extra_attends)
+        return _on_grid(block_sparse_attention(q, k, v, blocks, **options), grid, extra_q)
     out, lse = block_sparse_attention(q, k, v, blocks, return_lse=True, **options)
-    return (
-        _on_grid(out, grid, plan, call.extra_attends),
-        _on_grid(lse.transpose(1, 2), grid, plan, call.extra_attends),
-    )
+    return _on_grid(out, grid, extra_q), _on_grid(lse.transpose(1, 2), grid, extra_q)
 
 
 class _Call(NamedTuple):
@@ -126,7 +126,7 @@ class ByHead(NamedTuple):
 
 
 class GridPlan(NamedTuple):
-    """A plan and the permutations of the grid's tokens to it and back; None where they stay in place.
+    """A plan and the `Orders` of its queries and keys.
 
     tensors, numbers: of the BlockPlan. torch.compile keeps tensors as constants, not dataclasses.
     """
@@ -134,45 +134,14 @@ class GridPlan(NamedTuple):
     tensors: list[Tensor]
     numbers: list[int]
     q_order: Tensor | None
-    q_inverse: Tensor | None
     k_order: Tensor | None
-    k_inverse: Tensor | None
 
 
-class _Moved(torch.autograd.Function):
-    """x[:, order]; the gradient moves back by the inverse, where PyTorch's own would add up."""
-
-    @staticmethod
-    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        return x.index_select(1, order)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(inputs[2], inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _Moved.apply(grad, *ctx.saved_tensors), None, None  # pyright: ignore[reportReturnType]
-
-
-def _moved(x: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor:
-    if order is None or inverse is None:
-        return x
-    return _Moved.apply(x, order, inverse)  # pyright: ignore[reportReturnType]
-
-
-def _in_order(
-    x: Tensor, order: Tensor | None, inverse: Tensor | None, extra: Tensor | None
-) -> Tensor:
-    x = _moved(x, order, inverse)
-    return x if extra is None else torch.cat([x, extra], dim=1)
-
-
-def _on_grid(x: Tensor, grid: tuple[int, ...], plan: GridPlan, has_extra: bool) -> Any:
-    """(B, S, H, ...) in the plan's order -> (B, *grid, H, ...), and the extra tokens where they are queries."""
+def _on_grid(x: Tensor, grid: tuple[int, ...], extra_q: Tensor | None) -> Any:
+    """(B, S, H, ...) -> (B, *grid, H, ...), and what extra queries found beside it."""
     tokens = prod(grid)
-    out = _moved(x[:, :tokens] if has_extra else x, plan.q_inverse, plan.q_order).unflatten(1, grid)
-    return (out, x[:, tokens:]) if has_extra else out
+    out = x[:, :tokens].unflatten(1, grid)
+    return out if extra_q is None else (out, x[:, tokens:])
 
 
 # -- what is cached, and constant in a compiled graph ---------------------------------------------------
@@ -211,11 +180,8 @@ def _plan(call: _Call) -> GridPlan:
     # Kept for calls to come: made in inference mode, it could never meet autograd.
     with torch.inference_mode(False), torch.no_grad():
         found = plan_neighborhood(layout, spec, shapes, call.device, aligned)
-        orders = []
-        for order in (found.queries, found.keys):
-            order = None if order is None else order[: prod(call.grid)]
-            orders += [order, None if order is None else inverse_permutation(order)]
-        return GridPlan(found.blocks.to_tensors(), found.blocks.scalars(), *orders)
+        q_order = None if found.queries is None else found.queries[: layout.queries].contiguous()
+        return GridPlan(found.blocks.to_tensors(), found.blocks.scalars(), q_order, found.keys)
 
 
 @_constant
@@ -245,7 +211,7 @@ def _bias_indices(call: _Call, table: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         made = RelativeBias.from_coordinates(empty, coords, coords)
         nowhere = torch.full((call.extra,), NOWHERE, dtype=torch.int32, device=call.device)
         q_index, k_index = (
-            x if order is None else x[order]
+            x if order is None else x[order[: prod(grid)]]
             for x, order in ((made.q_index, plan.q_order), (made.k_index, plan.k_order))
         )
         if call.extra_attends:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from torch import Tensor, library
 from ..kernels.attention import Precision, dispatch
 from ..kernels.attention.quantize import saturated
 from .plans import as_boolean, choose, lacks_kernel, plan_of_mask, plan_of_sequences
+
+if TYPE_CHECKING:  # typing has it from Python 3.11 on
+    from typing_extensions import Unpack
 
 DEFAULT_PRECISION = "int8_fp8"
 

@@ -66,12 +66,14 @@ def unsupported(x: Operands, plan: BlockPlan) -> list[str]:
 
 
 def forward(
-    x: Operands, plan: BlockPlan, scale: float, return_lse: bool, bias: BlockBias | None = None
-) -> tuple[Tensor, Tensor | None]:
+    x: Operands, plan: BlockPlan, scale: float, return_lse: bool, bias: BlockBias | None = None,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """softmax(scale * q k^T + bias, over the pairs that the plan makes visible) v, of quantised q, k, v.
 
     Returns out [B, Sq, H, D], in the dtype of 16-bit values and bf16 with 8-bit ones, and, if asked
-    for, the natural log-sum-exp, fp32 [B, H, Sq]. The scale must be positive.
+    for, the natural log-sum-exp, fp32 [B, H, Sq]. The scale must be positive. order: int64 [Sq], the row of
+    both of every query, its own if None.
     """
     if not scale > 0:
         raise ValueError(f"The scale must be positive, got {scale}; negate the queries instead.")
@@ -80,9 +82,11 @@ def forward(
     out = x.q.new_empty(batch, length, heads, head_dim, dtype=dtype)
     lse = x.q.new_empty(batch, heads, length, dtype=torch.float32) if return_lse else None
     if out.numel():
-        scales = (s if s is None else s.contiguous() for s in (x.q_scale, x.k_scale, x.v_scale))
+        scales = (
+            s if s is None else s.contiguous() for s in (x.q_scale, x.k_scale, x.v_scale, x.v_mean)
+        )
         rows = None if bias is None else bias.rows
-        launch(x.q, x.k, x.v, Scales(*scales), plan, scale, out, lse, rows)
+        launch(x.q, x.k, x.v, Scales(*scales), plan, scale, out, lse, rows, order)
     return out, lse
 
 
@@ -99,3 +103,4 @@ def _expected_shapes(x: Operands, plan: BlockPlan):
     else:
         yield "v", x.v, (batch, kv_heads, dim, blocks * BLOCK_K)
         yield "v_scale", x.v_scale, (batch, kv_heads, dim)
+        yield "v_mean", x.v_mean, (batch, kv_heads, dim)

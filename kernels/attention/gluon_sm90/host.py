@@ -14,7 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...plan.block_plan import BlockPlan
 from ..prepared import prepare
-from . import score_bound, split
+from . import split
 from .kernel import forward_kernel
 from .mask import masks_of
 from .types import Spec
@@ -41,11 +41,13 @@ _MAX_STAGES = {(2, 64): 3, (2, 128): 3, (2, 256): 2, (1, 64): 4, (1, 128): 3, (1
 
 
 class Scales(NamedTuple):
-    """Of quantised operands, fp32: q [B, H, Sq], k [B, Hk, blocks or Sk], v [B, Hk, D] or None."""
+    """Of quantised operands, fp32: q [B, H, Sq], k [B, Hk, blocks or Sk], v [B, Hk, D] or None; v_mean [B, Hk, D],
+    what is added to outputs, with v."""
 
     q: Tensor
     k: Tensor
     v: Tensor | None
+    v_mean: Tensor | None
 
 
 def reasons_against(q: Tensor, plan: BlockPlan) -> list[str]:
@@ -68,11 +70,13 @@ def reasons_against(q: Tensor, plan: BlockPlan) -> list[str]:
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, scales: Scales | None, plan: BlockPlan, scale: float,
-    out: Tensor, lse: Tensor | None, bias: Tensor | None = None,
+    out: Tensor, lse: Tensor | None, bias: Tensor | None = None, order: Tensor | None = None,
+    most: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Write out [B, Sq, H, D] and lse [B, H, Sq]. v: [B, Sk, Hk, D], or [B, Hk, D, Sk padded] in 8 bits.
 
-    bias: fp32, what is added to the scores of every tile of queries, [B, H, tiles, Sk].
+    bias: fp32, what is added to the scores of every tile of queries, [B, H, tiles, Sk]. order: int64 [Sq], the row
+    of out and lse of every query, its own if None. most: `move.moved_with_squares`, for a softmax without maximum.
     """
     batch, length, heads, head_dim = q.shape
     width = _width(head_dim)
@@ -81,13 +85,7 @@ def launch(
     work = deal(plan, batch, heads, programs)
     none = work.offset
     groups = 3 if plan.block_q > 2 * ROWS else 2
-    bits = mask = none
-    masked = plan.partial.start.numel() > 0
-    if masked:
-        bits, mask = masks_of(plan)
-    most = None
-    if q.dtype == torch.bfloat16 and head_dim <= 128 and bias is None and score_bound.pays(plan):
-        most = score_bound.largest_squares(q, k)
+    masks = masks_of(plan) if plan.partial.start.numel() else None
     parts = split.buffers(work, groups * ROWS, head_dim) if work.slots else None
     blocks = 0 if scales is None else scales.k.shape[2]
     k_rows = blocks > -(-plan.length_k // BLOCK_K)
@@ -98,8 +96,9 @@ def launch(
         )
     spec = _spec(
         head_dim, groups, q.element_size(), v.element_size(), scales is not None, k_rows,
-        q.dtype == torch.int8, bias is not None, most is not None, masked,
-        ready.whole_end is not None, lse is not None, parts is not None,
+        q.dtype == torch.int8, bias is not None, most is not None,
+        None if masks is None else masks.by_group, masks is not None and masks.mixed,
+        ready.whole_end is not None, lse is not None, parts is not None, order is not None,
     )  # fmt: skip
 
     def pointer(x: Tensor | None) -> Tensor:
@@ -113,17 +112,17 @@ def launch(
             else _boxes(_readable(v).transpose(1, 2), (1, 1, BLOCK_K, width)),
             _row_boxes(scales.k.unsqueeze(2)) if scales and k_rows else none,
             none if bias is None else _row_boxes(bias.expand(batch, heads, -1, -1)),
-            *map(pointer, scales or (None, None, None)), *map(pointer, most or (None, None)),
-            out, out if lse is None else lse, pointer(work.part), *map(pointer, parts or (None, None)),
+            *map(pointer, scales or (None,) * 4), *map(pointer, most or (None, None)),
+            out, out if lse is None else lse, pointer(order), pointer(work.part), *map(pointer, parts or (None, None)),
             work.offset, work.item, plan.q_start, plan.q_count,
             plan.full.offset, pointer(ready.whole_end), ready.full_start, ready.full_count,
-            plan.partial.offset, plan.partial.start, mask, bits,
+            plan.partial.offset, plan.partial.start, pointer(masks and masks.entries), pointer(masks and masks.bits),
             length, heads, heads // k.shape[2], plan.tiles, plan.variants,
             blocks, plan.block_q, scale / math.log(2.0),
             SPEC=spec, num_warps=4, maxnreg=_REGISTERS[groups][0], launch_pdl=True,
         )  # fmt: skip
         if parts is not None:
-            split.combine(work, plan, parts, out, lse)
+            split.combine(work, plan, parts, out, lse, order)
 
 
 # Whether entries start at multiples of a number, by the tensor that identifies a plan.
@@ -142,7 +141,8 @@ def entries_start_at(plan: BlockPlan, multiple: int) -> bool:
 @lru_cache(maxsize=256)
 def _spec(
     head_dim: int, groups: int, qk_bytes: int, v_bytes: int, scaled: bool, k_rows: bool, int8: bool,
-    bias: bool, bounded: bool, partial: bool, ragged: bool, lse: bool, split: bool,
+    bias: bool, bounded: bool, by_group: bool | None, mixed: bool, ragged: bool, lse: bool,
+    split: bool, ordered: bool,
 ) -> Spec:  # fmt: skip
     width = _width(head_dim)
     queries = groups * ROWS * width * qk_bytes
@@ -157,8 +157,9 @@ def _spec(
     return Spec(
         HEAD_DIM=head_dim, D=width, BM=ROWS, BN=BLOCK_K, GROUPS=groups,
         STAGES=min(_MAX_STAGES[v_bytes, width], (_SHARED_BYTES - queries) // block),
-        PARTIAL=partial, RAGGED=ragged, LSE=lse, SPLIT=split, SCALED=scaled, K_ROWS=k_rows,
-        OFFSET=int8, BIAS=bias, BOUNDED=bounded, VALUES_8BIT=v_bytes == 1,
+        PARTIAL=by_group is not None, BY_GROUP=by_group is True, BITS=mixed or by_group is False,
+        RAGGED=ragged, LSE=lse, SPLIT=split, ORDERED=ordered, SCALED=scaled,
+        K_ROWS=k_rows, OFFSET=int8, BIAS=bias, BOUNDED=bounded, VALUES_8BIT=v_bytes == 1,
         LS=accumulator(BLOCK_K, qk_bytes), LO=accumulator(width, v_bytes), LL=accumulator(8, v_bytes),
         REGISTERS=consumer, PRODUCER_REGISTERS=producer,
     )  # fmt: skip

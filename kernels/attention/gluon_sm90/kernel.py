@@ -23,9 +23,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_wait
 
-from .policies import attend, ones_like_values
+from .mask import EMPTY, KIND_SHIFT, WHOLE
+from .policies import attend, ones_like_values, pass_by
 from .types import Boxes, Lists, Outputs, Queries, Ring, Scales, Shared, Sizes, Tile
 
+_EMPTY: gl.constexpr = gl.constexpr(EMPTY)
+_WHOLE: gl.constexpr = gl.constexpr(WHOLE)
+_KIND_SHIFT: gl.constexpr = gl.constexpr(KIND_SHIFT)
 _LN2: gl.constexpr = gl.constexpr(math.log(2.0))
 # The largest bound of scores, in bits, with which weights exp2(s - bound) stay far above the least bf16.
 _MOST_BOUND: gl.constexpr = gl.constexpr(50.0)
@@ -137,6 +141,18 @@ def _fetch(start, b, q_head, tile, it, x, SPEC: gl.constexpr):
 
 
 @gluon.jit
+def _rows_of_output(o_m, q_start, q_count, outputs, SPEC: gl.constexpr):
+    """Where queries o_m of a tile are written, counted from q_start."""
+    if SPEC.ORDERED:
+        return (
+            gl.load(outputs.p_order + q_start + o_m, mask=o_m < q_count, other=0).to(gl.int64)
+            - q_start
+        )
+    else:
+        return o_m
+
+
+@gluon.jit
 def _walk(acc, l, m, it, q, first, last, p_start, x, SPEC: gl.constexpr, MASK: gl.constexpr,
           BOUNDED: gl.constexpr):  # fmt: skip
     """Entries first .. last of one list, which begin at p_start[e]."""
@@ -155,7 +171,14 @@ def _walk(acc, l, m, it, q, first, last, p_start, x, SPEC: gl.constexpr, MASK: g
             block = gl.load(p_start + e + 2, mask=e + 2 < last, other=0) // SPEC.BN
         stage = it % SPEC.STAGES
         phase = (it // SPEC.STAGES) & 1
-        acc, l, m = attend(acc, l, m, q, e, stage, phase, factor, x, SPEC, MASK, BOUNDED)
+        if SPEC.BY_GROUP and MASK == "bits":
+            NEEDED: gl.constexpr = MASK if SPEC.BITS else "none"
+            if (gl.load(x.p_mask + e) >> x.o_kind) & 1 == 1:
+                acc, l, m = attend(acc, l, m, q, e, stage, phase, factor, x, SPEC, NEEDED, BOUNDED)
+            else:
+                pass_by(stage, phase, x.ring)
+        else:
+            acc, l, m = attend(acc, l, m, q, e, stage, phase, factor, x, SPEC, MASK, BOUNDED)
         it += 1
     return acc, l, m, it
 
@@ -201,8 +224,8 @@ def _consume(x, SPEC: gl.constexpr, GROUP: gl.constexpr):
         if SPEC.SCALED:
             factor = gl.load(x.scales.p_q + o_head + q_start + o_row) * x.scale_log2
         t = Tile(
-            x.ring, lists.p_full_count, lists.p_mask, lists.p_bits, sizes.block_q, o_row, factor,
-            x.scales.p_k + kv * sizes.blocks,
+            x.ring, lists.p_full_count, lists.p_mask, lists.p_bits, sizes.block_q, o_row,
+            _KIND_SHIFT + 2 * GROUP, factor, x.scales.p_k + kv * sizes.blocks,
         )  # fmt: skip
         acc = gl.zeros([SPEC.BM, SPEC.D], gl.float32, layout=SPEC.LO)
         if SPEC.VALUES_8BIT:
@@ -235,10 +258,14 @@ def _consume(x, SPEC: gl.constexpr, GROUP: gl.constexpr):
         c = gl.arange(0, SPEC.D, layout=gl.SliceLayout(0, SPEC.LO))
         acc = acc * gl.convert_layout(1.0 / l, gl.SliceLayout(1, SPEC.LO))[:, None]
         if SPEC.VALUES_8BIT:
-            b_v_scale = gl.load(x.scales.p_v + kv * SPEC.HEAD_DIM + c, mask=c < SPEC.HEAD_DIM)
-            acc = acc * b_v_scale[None, :]
+            o_v = kv * SPEC.HEAD_DIM + c
+            b_v_scale = gl.load(x.scales.p_v + o_v, mask=c < SPEC.HEAD_DIM)
+            b_v_mean = gl.load(x.scales.p_v_mean + o_v, mask=c < SPEC.HEAD_DIM)
+            seen = gl.convert_layout(gl.where(empty, 0.0, 1.0), gl.SliceLayout(1, SPEC.LO))
+            acc = acc * b_v_scale[None, :] + seen[:, None] * b_v_mean[None, :]
         outputs = x.outputs
         base = ((b.to(gl.int64) * sizes.length_q + q_start) * sizes.heads + h) * SPEC.HEAD_DIM
+        o_out = _rows_of_output(r, q_start, q_count, outputs, SPEC) * (sizes.heads * SPEC.HEAD_DIM)
         inside = (r < q_count)[:, None] & (c < SPEC.HEAD_DIM)[None, :]
         if SPEC.SPLIT:
             code = gl.load(outputs.p_part + w)
@@ -249,13 +276,14 @@ def _consume(x, SPEC: gl.constexpr, GROUP: gl.constexpr):
                 value = gl.where(empty, float("-inf"), m + gl.log2(l))
                 gl.store(outputs.p_part_lse + o_part + o_m, value, mask=o_m < q_count)
         gl.store(
-            outputs.p_o + base + r[:, None] * (sizes.heads * SPEC.HEAD_DIM) + c[None, :],
+            outputs.p_o + base + o_out[:, None] + c[None, :],
             acc.to(outputs.p_o.dtype.element_ty),
             mask=inside,
         )
         if SPEC.LSE:
             value = gl.where(empty, float("-inf"), (m + gl.log2(l)) * _LN2)
-            gl.store(outputs.p_lse + o_head + q_start + o_m, value, mask=o_m < q_count)
+            o_out = _rows_of_output(o_m, q_start, q_count, outputs, SPEC)
+            gl.store(outputs.p_lse + o_head + q_start + o_out, value, mask=o_m < q_count)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -284,8 +312,8 @@ def _buffers_if(wanted: gl.constexpr, box, n: gl.constexpr):
 
 @gluon.jit
 def forward_kernel(
-    q_boxes, k_boxes, v_boxes, k_scale_boxes, bias_boxes, p_q_scale, p_k_scale, p_v_scale, p_most_q, p_most_k, p_o, p_lse,
-    p_part, p_part_o, p_part_lse,
+    q_boxes, k_boxes, v_boxes, k_scale_boxes, bias_boxes, p_q_scale, p_k_scale, p_v_scale, p_v_mean, p_most_q, p_most_k, p_o, p_lse,
+    p_order, p_part, p_part_o, p_part_lse,
     p_work_offset, p_work, p_q_start, p_q_count, p_full, p_whole_end, p_full_start, p_full_count,
     p_partial, p_partial_start, p_mask, p_bits,
     length_q, heads, group, tiles, variants, blocks, block_q, scale_log2, SPEC: gl.constexpr,
@@ -310,9 +338,9 @@ def forward_kernel(
         ),
         Lists(p_work_offset, p_work, p_q_start, p_q_count, p_full, p_whole_end, p_full_start,
               p_full_count, p_partial, p_partial_start, p_mask, p_bits),
-        Scales(p_q_scale, p_k_scale, p_v_scale, p_most_q, p_most_k),
+        Scales(p_q_scale, p_k_scale, p_v_scale, p_v_mean, p_most_q, p_most_k),
         Sizes(length_q, heads, group, tiles, variants, blocks, block_q),
-        Outputs(p_o, p_lse, p_part, p_part_o, p_part_lse),
+        Outputs(p_o, p_lse, p_order, p_part, p_part_o, p_part_lse),
         scale_log2,
     )  # fmt: skip
     gdc_wait()  # up to here this launch may run beside the end of the one in front

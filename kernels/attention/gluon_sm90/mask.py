@@ -7,35 +7,78 @@ equal masks are kept once: 35,292 entries of a 30 x 40 x 40 grid have 74 differe
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...plan.block_plan import BlockPlan
+from ...plan.tiles import LEAST_PASSED
 
 COLUMNS = 128  # keys of an entry, in words of 32
 _CHUNK = 256  # entries at once
+# What an entry is to the 64 queries of a consumer, in 2 bits for each of three, above the number of its mask.
+EMPTY, WHOLE, MIXED = 0, 1, 3
+KIND_SHIFT = 24
+_ROWS = 64
 
 # By the tensor that identifies a plan's entries: a compiled call makes new plans of the same tensors.
 _masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def masks_of(plan: BlockPlan) -> tuple[Tensor, Tensor]:
-    """Different masks, int32 [masks, block_q, COLUMNS / 32], and the mask of every partial entry, int32 [n].
+class Masks(NamedTuple):
+    """bits: different masks, int32 [masks, block_q, 4]. entries: int32 [n], of every partial entry the number of its
+    mask and above it the kinds. by_group: whether these are worth a look; mixed: whether any is MIXED.
 
-    Bit j of word w is for key 32 w + j of an entry, 0 past its count. The first call for a plan waits for
-    the device.
+    Bit 2 j + i of word c is for key 8 j + 2 c + i of an entry, 0 past its count: what a thread of the accumulator
+    holds of a row is a word.
     """
+
+    bits: Tensor
+    entries: Tensor
+    by_group: bool
+    mixed: bool
+
+
+def masks_of(plan: BlockPlan) -> Masks:
+    """The first call for a plan waits for the device."""
     if plan.partial.offset not in _masks:
         tile = plan.partial.rows % plan.tiles
         entries = torch.arange(tile.numel(), device=plan.device)
         marks = [_marks(_pack(_visible(plan, e, tile[e]))) for e in entries.split(_CHUNK)]
-        unique, mask = torch.unique(torch.cat(marks), dim=0, return_inverse=True)
+        unique, number = torch.unique(torch.cat(marks), dim=0, return_inverse=True)
+        assert unique.shape[0] < min(1 << KIND_SHIFT, (1 << 29) // plan.block_q)
         first = entries.new_full(unique.shape[:1], entries.numel())
-        first = first.scatter_reduce(0, mask, entries, "amin")
-        bits = [_pack(_visible(plan, e, tile[e])) for e in first.split(_CHUNK)]
-        _masks[plan.partial.offset] = torch.cat(bits), mask.int()
+        first = first.scatter_reduce(0, number, entries, "amin")
+        bits = torch.cat([_pack(_visible(plan, e, tile[e])) for e in first.split(_CHUNK)])
+        kinds = _kinds(bits)
+        shift = KIND_SHIFT + 2 * torch.arange(kinds.shape[1], device=plan.device)
+        marked = number | (kinds << shift).sum(1)[number]
+        own = kinds[number, : -(-plan.block_q // _ROWS)]
+        mixed, passed = bool((own == MIXED).any()), float((own == EMPTY).double().mean())
+        by_group = passed >= LEAST_PASSED or not mixed
+        _masks[plan.partial.offset] = Masks(bits, marked.int(), by_group, mixed)
     return _masks[plan.partial.offset]
+
+
+def consumers_of(plan: BlockPlan) -> Tensor:
+    """Of every partial entry the share of consumers that do not pass it by: fp32 [n]."""
+    masks = masks_of(plan)
+    if not masks.by_group:
+        return torch.ones_like(masks.entries, dtype=torch.float32)
+    groups = -(-plan.block_q // _ROWS)
+    kinds = masks.entries[:, None] >> (KIND_SHIFT + 2 * torch.arange(groups, device=plan.device))
+    return (kinds & 1).float().mean(1)
+
+
+def _kinds(bits: Tensor) -> Tensor:
+    """What every mask is to each of three consumers: int64 [masks, 3]; EMPTY past the end of the tile."""
+    rows = torch.nn.functional.pad(bits, (0, 0, 0, 3 * _ROWS - bits.shape[1]))
+    words = rows.unflatten(1, (3, _ROWS)).flatten(2)
+    there = torch.arange(3, device=bits.device) * _ROWS < bits.shape[1]
+    whole, empty = (words == -1).all(2), (words == 0).all(2) | ~there
+    return torch.where(empty, EMPTY, torch.where(whole, WHOLE, MIXED))
 
 
 def _marks(bits: Tensor) -> Tensor:
@@ -72,5 +115,7 @@ def _visible(plan: BlockPlan, entries: Tensor, tile: Tensor) -> Tensor:
 
 
 def _pack(seen: Tensor) -> Tensor:
-    shift = torch.arange(32, dtype=torch.int32, device=seen.device)
-    return (seen.unflatten(-1, (-1, 32)).int() << shift).sum(-1, dtype=torch.int32)
+    """bool [.., COLUMNS] as the words of `Masks`, int32 [.., 4]."""
+    shift = torch.arange(COLUMNS // 4, dtype=torch.int32, device=seen.device)
+    by_thread = seen.unflatten(-1, (-1, 4, 2)).transpose(-2, -3).flatten(-2)  # [.., 4, COLUMNS / 4]
+    return (by_thread.int() << shift).sum(-1, dtype=torch.int32)

@@ -26,6 +26,7 @@ have the exponents of fp32. `score_bound` has it, and what was measured.
 from __future__ import annotations
 
 import math
+from itertools import product
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -36,9 +37,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .mask import KIND_SHIFT
+
 _LOG2E: gl.constexpr = gl.constexpr(math.log2(math.e))
 # log2 of the largest weight, just under the 448 of e4m3.
 _WEIGHT_LOG2: gl.constexpr = gl.constexpr(8.807)
+# The number of a mask, below the kinds of an entry (`mask`).
+_MASK_NUMBER: gl.constexpr = gl.constexpr((1 << KIND_SHIFT) - 1)
 # Where sums of INT8 products begin: as fp32, and its bits.
 _OFFSET: gl.constexpr = gl.constexpr(1.5 * 2.0**23)
 _OFFSET_BITS: gl.constexpr = gl.constexpr(0x4B400000)
@@ -46,48 +51,113 @@ _OFFSET_BITS: gl.constexpr = gl.constexpr(0x4B400000)
 
 # Masks: scores s [BM, BN] of an entry that are hidden become -inf ----------------------------------
 #
-# A thread holds columns 2 c, 2 c + 1 of every 8, c its number of four. What is compared with columns is
-# moved by 2 c instead, so that columns are constants. Written out, because LLVM packs the 64 predicates
-# of a thread into words and takes twice the instructions.
+# A thread holds columns 2 c, 2 c + 1 of every 8 of two rows, c its number of four, and gets the bits of a row in one
+# word, in the order of its registers. Written out, because one instruction moves 7 bits of a byte to predicates, if
+# these are tested together: 80 instructions a thread and not 111; LLVM would pack 64 predicates into words.
+
+
+def _hide_asm(rows: int) -> str:
+    """Of the 64 scores of a thread, $64 and on, the hidden ones become -inf; rows: how many words tell, $128 + 2 row."""
+    lines = [".reg .b32 bit; .reg .pred p<7>;"]
+    for row in range(rows):
+        for byte, (first, last) in product(range(0, 32, 8), ((0, 7), (7, 8))):
+            tests, choices = [], []
+            for p, bit in enumerate(range(byte + first, byte + last)):
+                tests += [f"and.b32 bit, ${128 + 2 * row}, {1 << bit}; setp.ne.s32 p{p}, bit, 0;"]
+                at = 4 * (bit // 2) + bit % 2  # of row 0
+                choices += [
+                    f"selp.f32 ${at + 2 * r}, ${64 + at + 2 * r}, 0fFF800000, p{p};"
+                    for r in ((row,) if rows == 2 else (0, 1))
+                ]
+            lines += tests + choices
+    return "{ " + " ".join(lines) + " }"
+
+
+_HIDE_BITS: gl.constexpr = gl.constexpr(_hide_asm(2))
+_HIDE_RUN: gl.constexpr = gl.constexpr(_hide_asm(1))
+_HIDE_OPERANDS: gl.constexpr = gl.constexpr(",".join(["=f"] * 64 + ["f"] * 64 + ["r"] * 64))
 
 
 @gluon.jit
 def _hide_run(s, count, SPEC: gl.constexpr):
     """All columns from count on are hidden."""
-    column = gl.arange(0, SPEC.BN, layout=gl.SliceLayout(0, SPEC.LS))
-    return s + gl.where(column < count, 0.0, float("-inf"))[None, :]
+    s = _by_thread(s, SPEC)
+    THREAD: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, s.type.layout))
+    left = count - 2 * gl.arange(
+        0, 4, layout=THREAD
+    )  # columns 8 j + i of a thread below that are seen
+    seen = 2 * (left >> 3) + gl.minimum(left & 7, 2)
+    bits = (gl.full([4], 1, gl.int64, layout=THREAD) << seen) - 1
+    return _hidden(s, bits.to(gl.int32)[None, :], _HIDE_RUN, SPEC)
 
 
 @gluon.jit
 def _load_bits(e, x, SPEC: gl.constexpr):
-    """The mask of entry e: int32 [BM, BN / 32], laid out as scores in words are."""
-    WORDS: gl.constexpr = SPEC.BN // 32
+    """The mask of entry e: int32 [BM, 4], a word for every thread and row."""
     scores = gl.zeros([SPEC.BM, SPEC.BN], gl.float32, layout=SPEC.LS)
-    BY_WORD: gl.constexpr = gl.SliceLayout(2, _in_words(scores, SPEC).type.layout)
-    word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, BY_WORD))[None, :]
-    row = gl.convert_layout(x.o_row, gl.SliceLayout(1, BY_WORD))[:, None]
-    p_entry = x.p_bits + gl.load(x.p_mask + e).to(gl.int64) * (x.block_q * WORDS)
-    return gl.load(p_entry + row * WORDS + word)
+    BY_THREAD: gl.constexpr = gl.SliceLayout(2, _by_thread(scores, SPEC).type.layout)
+    thread = gl.arange(0, 4, layout=gl.SliceLayout(0, BY_THREAD))[None, :]
+    row = gl.convert_layout(x.o_row, gl.SliceLayout(1, BY_THREAD))[:, None]
+    o_entry = (gl.load(x.p_mask + e) & _MASK_NUMBER) * (x.block_q * 4)
+    return gl.load(x.p_bits + (o_entry + (row * 4 + thread)))
 
 
 @gluon.jit
 def _hide_bits(s, bits, SPEC: gl.constexpr):
-    """Where bit j of word w is 0, column 32 w + j of the row is hidden."""
-    s = _in_words(s, SPEC)
-    COLUMN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, s.type.layout))
-    column = gl.arange(0, 32, layout=COLUMN)[None, None, :]
+    """Where bit j of a thread's word is 0, its column j of the row is hidden."""
+    return _hidden(_by_thread(s, SPEC), bits, _HIDE_BITS, SPEC)
+
+
+@gluon.jit
+def _hidden(s, bits, ASM: gl.constexpr, SPEC: gl.constexpr):
     s = gl.inline_asm_elementwise(
-        "{ .reg .b32 a; .reg .pred p; and.b32 a, $2, $3; setp.ne.s32 p, a, 0;"
-        " selp.f32 $0, $1, 0fFF800000, p; }",
-        "=f,f,r,r", [s, bits[:, :, None] >> (column & 6), 1 << (column & ~6)],
-        dtype=gl.float32, is_pure=True, pack=1,
-    )  # fmt: skip
+        ASM, _HIDE_OPERANDS, [s, bits[:, :, None]], dtype=gl.float32, is_pure=True, pack=64
+    )
+    s = s.reshape([SPEC.BM, 4, SPEC.BN // 8, 2]).permute((0, 2, 1, 3))
     return gl.convert_layout(s.reshape([SPEC.BM, SPEC.BN]), SPEC.LS, assert_trivial=True)
 
 
 @gluon.jit
-def _in_words(s, SPEC: gl.constexpr):
-    return s.reshape([SPEC.BM, SPEC.BN // 32, 32])
+def _by_thread(s, SPEC: gl.constexpr):
+    """[BM, BN] as [BM, 4, BN / 4]: the columns of each of the four threads of a row."""
+    s = s.reshape([SPEC.BM, SPEC.BN // 8, 4, 2]).permute((0, 2, 1, 3))
+    return s.reshape([SPEC.BM, 4, SPEC.BN // 4])
+
+
+# The maximum of a row ----------------------------------------------------------------------------------
+#
+# `gl.max` compares the 32 scores that a thread has of a row one after the other, each waiting for the one before.
+# With two chains a row exponentials begin sooner: by what ptxas plans, a whole FP8 block takes 1031 cycles of a warp
+# and not 1091. Masked blocks lack the registers.
+
+
+def _top_asm() -> str:
+    """The largest of the 32 scores of each of two rows, of $64 and on, in all outputs of the row."""
+    lines = [".reg .f32 top<4>;"]
+    lines += [f"mov.f32 top{i}, ${64 + i};" for i in range(4)]
+    lines += [f"max.f32 top{at % 4}, top{at % 4}, ${64 + at};" for at in range(4, 64)]
+    lines += ["max.f32 top0, top0, top1; max.f32 top2, top2, top3;"]
+    lines += [f"mov.f32 ${at}, top{at % 4 // 2 * 2};" for at in range(64)]
+    return "{ " + " ".join(lines) + " }"
+
+
+_TOP: gl.constexpr = gl.constexpr(_top_asm())
+_TOP_OPERANDS: gl.constexpr = gl.constexpr(",".join(["=f"] * 64 + ["f"] * 64))
+
+
+@gluon.jit
+def _top_of_rows(s, SPEC: gl.constexpr):
+    """[BM]"""
+    tops = gl.inline_asm_elementwise(
+        _TOP, _TOP_OPERANDS, [_by_thread(s, SPEC)], dtype=gl.float32, is_pure=True, pack=64
+    )
+    top = gl.max(gl.reduce(tops, 2, _first), axis=1)
+    return gl.convert_layout(top, gl.SliceLayout(1, SPEC.LS), assert_trivial=True)
+
+
+@gluon.jit
+def _first(a, b):
+    return a
 
 
 # Rows of a number a key --------------------------------------------------------------------------------
@@ -107,6 +177,15 @@ def _per_row(factor, SPEC: gl.constexpr):
     if SPEC.SCALED:
         factor = factor[:, None]
     return factor
+
+
+@gluon.jit
+def pass_by(stage, phase, ring):
+    """An entry that no query of the consumer sees: its turn in the ring."""
+    mbarrier.wait(ring.k_full.index(stage), phase)
+    mbarrier.arrive(ring.k_empty.index(stage), count=1)
+    mbarrier.wait(ring.v_full.index(stage), phase)
+    mbarrier.arrive(ring.v_empty.index(stage), count=1)
 
 
 # One entry -----------------------------------------------------------------------------------------
@@ -161,7 +240,9 @@ def attend(acc, l, m, q, e, stage, phase, factor, x, SPEC: gl.constexpr, MASK: g
         p = gl.exp2(s * factor - m[:, None])
         rescale = 1.0
     else:
-        if not INTEGER_MAX:
+        if SPEC.VALUES_8BIT and MASK == "none" and not INTEGER_MAX:
+            top = _top_of_rows(s, SPEC)
+        elif not INTEGER_MAX:
             top = gl.max(s, axis=1)
         if SPEC.BIAS:
             if OFFSET:

@@ -29,24 +29,25 @@ def buffers(work: Work, rows: int, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def combine(
-    work: Work, plan: BlockPlan, parts: tuple[Tensor, Tensor], out: Tensor, lse: Tensor | None
-) -> None:
-    """Write the tiles of work.split to out [B, Sq, H, D] and lse [B, H, Sq]."""
+    work: Work, plan: BlockPlan, parts: tuple[Tensor, Tensor], out: Tensor, lse: Tensor | None,
+    order: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write the tiles of work.split to out [B, Sq, H, D] and lse [B, H, Sq]; order: the row of every query."""
     assert work.split is not None
     part_o, part_lse = parts
     rows, head_dim = part_o.shape[1:]
     grid = (work.split.shape[0], triton.cdiv(rows, ROWS))
     _combine[grid](
         part_o, part_lse, work.split, plan.q_start, plan.q_count, out, out if lse is None else lse,
-        out.shape[1], out.shape[2], plan.tiles, plan.variants, rows,
+        order, out.shape[1], out.shape[2], plan.tiles, plan.variants, rows,
         LSE=lse is not None, D=head_dim, BD=triton.next_power_of_2(head_dim),
         ROWS=ROWS, num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit
-def _combine(p_part_o, p_part_lse, p_split, p_q_start, p_q_count, p_o, p_lse, length, heads, tiles,
-             variants, rows, LSE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+def _combine(p_part_o, p_part_lse, p_split, p_q_start, p_q_count, p_o, p_lse, p_order, length, heads,
+             tiles, variants, rows, LSE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
              ROWS: tl.constexpr):  # fmt: skip
     p_split += tl.program_id(0) * 3
     item = tl.load(p_split)
@@ -77,7 +78,11 @@ def _combine(p_part_o, p_part_lse, p_split, p_q_start, p_q_count, p_o, p_lse, le
         total += weight
         acc += weight[:, None] * part
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    token = (bh // heads).to(tl.int64) * length + start + row
+    token = (start + row).to(tl.int64)
+    if p_order is not None:
+        token = tl.load(p_order + token, mask=inside, other=0).to(tl.int64)
+    o_lse = bh.to(tl.int64) * length + token
+    token += (bh // heads).to(tl.int64) * length
     tl.store(
         p_o + (token * heads + bh % heads)[:, None] * D + channel[None, :],
         acc.to(p_o.dtype.element_ty),
@@ -85,4 +90,4 @@ def _combine(p_part_o, p_part_lse, p_split, p_q_start, p_q_count, p_o, p_lse, le
     )
     if LSE:
         value = tl.where(total == 0.0, float("-inf"), (top + tl.log2(total)) * _LN2)
-        tl.store(p_lse + bh.to(tl.int64) * length + start + row, value, mask=inside)
+        tl.store(p_lse + o_lse, value, mask=inside)

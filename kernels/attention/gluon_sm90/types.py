@@ -15,8 +15,10 @@ class Spec:
     HEAD_DIM: channels of a head. D: the same, padded to a width that tensor cores take.
     BM, BN: queries of a consumer, keys of a block. GROUPS: consumer warpgroups.
     STAGES: blocks of keys and values in flight.
-    PARTIAL: there are entries with a mask. RAGGED: there are full entries of fewer than BN keys.
+    PARTIAL: there are entries with a mask. BY_GROUP: many of these are whole or empty for a consumer. BITS: some
+    are neither. RAGGED: there are full entries of fewer than BN keys.
     SPLIT: some tiles are computed in parts, of some entries each, which `split` puts together.
+    ORDERED: rows of the output have places of their own.
     SCALED: queries and keys have scales, keys one a block, or with K_ROWS one a key.
     OFFSET: sums are of INT8 products, see policies. BIAS: a row is added to the scores of every tile.
     VALUES_8BIT: e4m3, transposed, a scale a channel. BOUNDED: there are bounds of the scores.
@@ -30,9 +32,12 @@ class Spec:
     GROUPS: int
     STAGES: int
     PARTIAL: bool
+    BY_GROUP: bool
+    BITS: bool
     RAGGED: bool
     LSE: bool
     SPLIT: bool
+    ORDERED: bool
     SCALED: bool
     K_ROWS: bool
     OFFSET: bool
@@ -96,11 +101,12 @@ class Lists(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """Of operands; p_most_q, p_most_k: the largest |q|^2 and |k|^2 of every head."""
+    """Of operands; p_v_mean: what is added to outputs; p_most_q, p_most_k: the largest |q|^2 and |k|^2 of every head."""
 
     p_q: gl.tensor
     p_k: gl.tensor
     p_v: gl.tensor
+    p_v_mean: gl.tensor
     p_most_q: gl.tensor
     p_most_k: gl.tensor
 
@@ -118,10 +124,12 @@ class Sizes(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """p_part: of every work item what `work.Part` says; p_part_o, p_part_lse: results of parts."""
+    """p_order: the row of the outputs of every query. p_part: of every work item what `work.Work` says; p_part_o,
+    p_part_lse: results of parts."""
 
     p_o: gl.tensor
     p_lse: gl.tensor
+    p_order: gl.tensor
     p_part: gl.tensor
     p_part_o: gl.tensor
     p_part_lse: gl.tensor
@@ -141,7 +149,8 @@ class Shared(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What the entries of one tile have in common. o_row: [BM] numbers of the queries in the tile."""
+    """What the entries of one tile have in common. o_row: [BM] numbers of the queries in the tile; o_kind: where
+    `mask` says what an entry is to the consumer."""
 
     ring: Ring
     p_count: gl.tensor
@@ -149,5 +158,6 @@ class Tile(NamedTuple):
     p_bits: gl.tensor
     block_q: gl.tensor
     o_row: gl.tensor
+    o_kind: gl.tensor
     factor: gl.tensor
     p_k_scale: gl.tensor

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, library
 
 from ..api import UnsupportedError
-from .plain import dequantized, reference
+from .plain import dequantized, pack_int4, reference, unpack_int4
 from .spec import (
     EIGHT_BIT,
     FORMATS,
@@ -30,7 +30,8 @@ from .spec import (
 )
 
 __all__ = ["EIGHT_BIT", "FORMATS", "LAYOUTS", "MAX_HEAD_DIM", "MAX_ROWS", "SWAPPED", "TINY", "Operands",
-           "PrologueSpec", "dequantized", "mean_step", "prologue", "reference"]  # fmt: skip
+           "PrologueSpec", "dequantized", "mean_step", "pack_int4", "prologue", "reference",
+           "unpack_int4"]  # fmt: skip
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -149,13 +150,14 @@ def _(
     length_q = length_q if order is None else order.shape[0]
     length_k = length_k if moved is None else moved.shape[0]
     code = FORMATS[qk_format][0] if qk_format in FORMATS else q.dtype
+    width = dim // 2 if code == torch.uint8 else dim
 
     def float32(*shape):
         return q.new_empty(shape, dtype=torch.float32)
 
     found = [
-        q.new_empty(batch, length_q, heads, dim, dtype=code),
-        q.new_empty(batch, length_k, kv_heads, dim, dtype=code),
+        q.new_empty(batch, length_q, heads, width, dtype=code),
+        q.new_empty(batch, length_k, kv_heads, width, dtype=code),
     ]
     if v_format != "same" or v_layout != "tokens" or moved is not None:
         shape = (batch, length_k, kv_heads, dim)
@@ -170,20 +172,19 @@ def _(
         found.append(float32(batch, kv_heads, dim))
     if smooth_k:
         found.append(float32(batch, kv_heads, dim))
+    if v_format != "same":
+        found.append(float32(batch, kv_heads, dim))
     return found
 
 
 def _operands(found: list[Tensor], v: Tensor, spec: PrologueSpec) -> Operands:
     """What `prologue_op` leaves out is put back."""
     scaled, rounded = 2 * (spec.qk != "same"), int(spec.v != "same")
-    count = 2 + scaled + rounded + spec.smooth_k
-    rest = list(found[2:])
-    v_out = v if len(found) == count else rest.pop(0)
-    q_scale, k_scale = (rest[0], rest[1]) if scaled else (None, None)
-    v_scale = rest[scaled] if rounded else None
-    return Operands(
-        found[0], found[1], v_out, q_scale, k_scale, v_scale, rest[-1] if spec.smooth_k else None
-    )
+    count = 2 + scaled + 2 * rounded + spec.smooth_k
+    rest = iter(found[2:])
+    v_out = v if len(found) == count else next(rest)
+    present = (scaled, scaled, rounded, spec.smooth_k, rounded)
+    return Operands(found[0], found[1], v_out, *(next(rest) if x else None for x in present))
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, spec: PrologueSpec) -> list[str]:

@@ -153,13 +153,19 @@ def _codes(b_y, element: tl.constexpr):
 
 
 @triton.jit
+def _packed(b_even, b_odd):
+    """Numbers up to 7 in magnitude as codes of 4 bits, those of even columns in the low bits: uint8."""
+    packed = (_codes(b_even, tl.int8) & 15) | (_codes(b_odd, tl.int8) << 4)
+    return packed.to(tl.uint8, bitcast=True)
+
+
+@triton.jit
 def _walk_heads(
     side, rotary, program, per, eps, fold, N: tl.constexpr, LIMIT: tl.constexpr, PAIRS: tl.constexpr,
     ACROSS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
     LATE: tl.constexpr,
 ):  # fmt: skip
-    """A block of tokens of `per` heads. Groups of heads are next to each other in memory and share the
-    rotary table in the L2 cache."""
+    """A block of tokens of `per` heads. Groups of heads lie side by side and share the rotary table in the L2 cache."""
     FOLD: tl.constexpr = (
         rotary is not None and side.weight is not None and not ACROSS and BM * BD <= 2048
     )
@@ -168,12 +174,13 @@ def _walk_heads(
     block = (program // groups) % blocks
     b = (program // (groups * blocks)).to(tl.int64)
     element: tl.constexpr = side.out.dtype.element_ty
-    o_d = tl.arange(0, BD)
+    PER: tl.constexpr = 2 if element == tl.uint8 else 1  # codes a byte
+    o_d, o_c = tl.arange(0, BD), tl.arange(0, BD // PER)
     o_t = block * BM + tl.arange(0, BM)
     o_row, read = _source(side, o_t)
-    stored = (o_t < side.out_length)[:, None] & (o_d < D)[None, :]
+    stored = (o_t < side.out_length)[:, None] & (o_c < D // PER)[None, :]
     p_x = side.x + b * side.b + o_row[:, None] * side.s + o_d[None, :]
-    p_out = side.out + b * side.out_b + o_t.to(tl.int64)[:, None] * side.out_s + o_d[None, :]
+    p_out = side.out + b * side.out_b + o_t.to(tl.int64)[:, None] * side.out_s + o_c[None, :]
     weights, factors = _load_factors(side, rotary, o_row, read, PAIRS, FOLD, ACROSS, D, BM, BD)
     if LATE:  # the table is no result of a launch before
         gdc_wait()
@@ -205,8 +212,11 @@ def _walk_heads(
             tl.store(side.scale + bh * scales + o_n, top * (fold / LIMIT), mask=o_n < scales)
             inverse = tl.broadcast_to((LIMIT / top)[:, None], (BM // N, N))
             b_row *= tl.reshape(inverse, (BM,))
-        b_y = tl.reshape(tl.join(b_a * b_row[:, None], b_b * b_row[:, None]), (BM, BD))
-        if LIMIT > 0:
+        b_a, b_b = b_a * b_row[:, None], b_b * b_row[:, None]
+        b_y = tl.reshape(tl.join(b_a, b_b), (BM, BD))
+        if PER == 2:
+            tl.store(p_out + h * side.out_h, _packed(b_a, b_b), mask=stored)
+        elif LIMIT > 0:
             tl.store(p_out + h * side.out_h, _codes(b_y, element), mask=stored)
         else:
             tl.store(p_out + h * side.out_h, b_y.to(element), mask=stored)
@@ -227,7 +237,7 @@ def _add_up(side, bh, blocks, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def _greatest(side, bh, blocks, D: tl.constexpr, BD: tl.constexpr):
-    """Scale of V per channel from the partial maxima of one head."""
+    """Scale of V per channel from the partial maxima of one head, and a mean of zero."""
     BM: tl.constexpr = 1024 // BD
     o_m, o_d = tl.arange(0, BM), tl.arange(0, BD)
     acc = tl.zeros((BM, BD), tl.int32)
@@ -236,6 +246,7 @@ def _greatest(side, bh, blocks, D: tl.constexpr, BD: tl.constexpr):
         p = side.part + (bh * blocks + start + o_m)[:, None] * D + o_d[None, :]
         acc = tl.maximum(acc, tl.load(p, mask=inside, other=0.0).to(tl.int32, bitcast=True))
     tl.store(side.scale + bh * D + o_d, _maximum(tl.max(acc, 0)) / 448.0, mask=o_d < D)
+    tl.store(side.mean + bh * D + o_d, tl.zeros((BD,), tl.float32), mask=o_d < D)
 
 
 @triton.jit

@@ -40,6 +40,7 @@ class Outputs(NamedTuple):
     k_scale: Tensor | None
     v_scale: Tensor | None
     k_mean: Tensor | None
+    v_mean: Tensor | None
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -52,7 +53,8 @@ class Side(NamedTuple):
 
     order: [S_out], the input row of every output row. out: written with strides out_b, out_s, out_h, out_d.
     scale: fp32, contiguous; [B, H, ceil(S / N)] of Q and K, [B, H, D] of V. weight: [D] of the norm,
-    or [H * D] over all heads. mean: fp32 [B, H, D], is subtracted. part: fp32 [B, H, chunks, D].
+    or [H * D] over all heads. mean: fp32 [B, H, D], is subtracted from K; that of V is
+    zero. part: fp32 [B, H, chunks, D].
     """
 
     x: Tensor | None = None
@@ -145,8 +147,8 @@ def plan_launches(
         )  # fmt: skip
 
     def empty(x: Side, dtype: torch.dtype, padded: int = 0) -> Side:
-        """With an output [B, S, H, D], or [B, H, D, padded]."""
-        rows = (batch, x.out_length, x.heads, head_dim)
+        """With an output [B, S, H, D], of two codes a byte [B, S, H, D / 2], or [B, H, D, padded]."""
+        rows = (batch, x.out_length, x.heads, head_dim // (2 if dtype == torch.uint8 else 1))
         shape = (batch, x.heads, head_dim, padded) if padded else rows
         out = allocate(shape, dtype, q.device)
         b, s, h, d = (out.stride(i) for i in ((0, 3, 1, 2) if padded else (0, 1, 2, 3)))
@@ -156,8 +158,10 @@ def plan_launches(
         return allocate(shape, torch.float32, q.device)
 
     k_mean = float32(batch, kv_heads, head_dim) if spec.smooth_k else None
-    v_scale = float32(batch, kv_heads, head_dim) if spec.v != "same" else None
-    value = side(v, key_order, None)._replace(scale=v_scale)
+    v_scale, v_mean = (
+        float32(batch, kv_heads, head_dim) if spec.v != "same" else None for _ in range(2)
+    )
+    value = side(v, key_order, None)._replace(scale=v_scale, mean=v_mean)
     query, key = side(q, order, inputs.norm_q), side(k, key_order, inputs.norm_k)
     query, key = (empty(x, qk_code) for x in (query, key))
     if spec.qk != "same":
@@ -211,7 +215,10 @@ def plan_launches(
                 wait=wait if early else "",
             )
         )  # fmt: skip
-    return Outputs(query.out, key.out, value.out, query.scale, key.scale, v_scale, k_mean), launches
+    outputs = Outputs(
+        query.out, key.out, value.out, query.scale, key.scale, v_scale, k_mean, v_mean
+    )
+    return outputs, launches
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -31,13 +31,14 @@ def reference(
         k = k - k_mean[:, None]
     q = _ordered(q, order)
     k, v = (_ordered(x, order if key_order is None else key_order) for x in (k, v))
-    q_scale = k_scale = v_scale = None
+    q_scale = k_scale = v_scale = v_mean = None
     if spec.qk in FORMATS:
         q, q_scale = _quantized_rows(q, spec.qk, spec.q_rows)
         q_scale = q_scale * spec.softmax_scale
         k, k_scale = _quantized_rows(k, spec.qk, spec.k_rows)
     if spec.v in FORMATS:
         v_scale = v_top.clamp(min=TINY) / FORMATS[spec.v][1]
+        v_mean = torch.zeros_like(v_scale)
         v = _rounded(v / v_scale[:, None], spec.v)
     if spec.v_layout != "tokens":
         v = torch.nn.functional.pad(
@@ -45,14 +46,18 @@ def reference(
         ).to(v.dtype)
     if spec.v_layout == "channels16":
         v = v.unflatten(-1, (-1, 16))[..., list(SWAPPED)].flatten(-2)
-    return Operands(q, k, v, q_scale, k_scale, v_scale, k_mean)
+    if spec.qk == "int4x2":
+        q, k = pack_int4(q), pack_int4(k)
+    return Operands(q, k, v, q_scale, k_scale, v_scale, k_mean, v_mean)
 
 
 def dequantized(operands: Operands, spec: PrologueSpec) -> tuple[Tensor, Tensor, Tensor]:
     """q, k [B, S, H, D] and v [B, S, Hk, D] that the operands stand for, in float32; q without
-    softmax_scale, k without its mean."""
-    q, k, v, q_scale, k_scale, v_scale, _ = operands
+    softmax_scale, k without its mean, v with v_mean."""
+    q, k, v, q_scale, k_scale, v_scale, _, v_mean = operands
     length = k.shape[1]
+    if spec.qk == "int4x2":
+        q, k = unpack_int4(q), unpack_int4(k)
     q, k, v = q.float(), k.float(), v.float()
     if q_scale is not None and k_scale is not None:
         q = q * _by_token(q_scale / spec.softmax_scale, spec.q_rows, q.shape[1])
@@ -62,7 +67,9 @@ def dequantized(operands: Operands, spec: PrologueSpec) -> tuple[Tensor, Tensor,
         v = v.unflatten(-1, (-1, 16))[..., back].flatten(-2)
     if spec.v_layout != "tokens":
         v = v[..., :length].permute(0, 3, 1, 2)
-    return q, k, v if v_scale is None else v * v_scale[:, None].float()
+    if v_scale is not None:
+        v = v * v_scale[:, None].float()
+    return q, k, v if v_mean is None else v + v_mean[:, None].float()
 
 
 def _by_token(scale: Tensor, rows: int, length: int) -> Tensor:
@@ -105,6 +112,27 @@ def _quantized_rows(x: Tensor, format: str, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _rounded(x: Tensor, format: str) -> Tensor:
-    dtype = FORMATS[format][0]
     x = x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    return (x.round() if dtype == torch.int8 else x).to(dtype)
+    return x.to(FORMATS[format][0]) if format == "fp8" else x.round().to(torch.int8)
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Codes -7 .. 7 in int8 [..., D] -> two a byte, uint8 [..., D / 2]: channel 2 j in the low bits of byte j.
+
+    Tensor cores of Hopper and newer have no INT4: there codes are unpacked and multiplied as INT8, so that half
+    the memory is all that is gained.
+    """
+    if codes.dtype != torch.int8 or codes.shape[-1] % 2:
+        raise ValueError(
+            f"pack_int4 takes int8 with an even last dim, got {codes.dtype} {tuple(codes.shape)}."
+        )
+    low, high = (codes & 15).view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    return low | (high << 4)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The inverse of `pack_int4`: uint8 [..., D / 2] -> int8 [..., D]."""
+    if packed.dtype != torch.uint8:
+        raise ValueError(f"unpack_int4 takes uint8, got {packed.dtype}.")
+    codes = torch.stack((packed << 4, packed & 240), -1).view(torch.int8)
+    return (codes >> 4).flatten(-2)  # an arithmetic shift keeps the sign

@@ -8,8 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Codes and the largest one. "int4" is -7 .. 7 in int8, for tensor cores without 4 bits.
-FORMATS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0), "int4": (torch.int8, 7.0)}  # fmt: skip
+# Codes and the largest one. "int4" is -7 .. 7 in int8, for tensor cores without 4 bits, "int4x2" two of them a byte,
+# as `pack_int4` stores them.
+FORMATS = {
+    "int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0), "int4": (torch.int8, 7.0),
+    "int4x2": (torch.uint8, 7.0),
+}  # fmt: skip
 LAYOUTS = ("tokens", "channels", "channels16")
 # Position p of every 16 tokens of "channels16" holds token SWAPPED[p]: the fp32 accumulator of Q K^T then is,
 # register for register, the 8-bit operand of P V (SageAttention's order).
@@ -32,7 +36,8 @@ def mean_step(length: int) -> int:
 class PrologueSpec:
     """What the attention kernel wants.
 
-    qk: "same" (the dtype of the inputs), "int8", "int4" (-7 .. 7, kept in int8) or "fp8" (e4m3).
+    qk: "same" (the dtype of the inputs), "int8", "fp8" (e4m3), "int4" (-7 .. 7, kept in int8) or "int4x2" (two of
+        these a byte, `pack_int4`).
     q_rows, k_rows: tokens that share a scale: 1, 2, 4, ... 128. (128 of head dim 256 spill registers.)
     v: "same" or "fp8" (e4m3, a scale per channel).
     v_layout: "tokens" [B, S, H, D]; "channels" [B, H, D, S padded] or "channels16", the same with the
@@ -92,10 +97,12 @@ EIGHT_BIT = {
 class Operands(NamedTuple):
     """The operands of an attention kernel. None: this spec has none.
 
-    q [B, S, H, D], k [B, S, Hk, D]; v in the layout of the spec.
+    q [B, S, H, D], k [B, S, Hk, D], uint8 [..., D / 2] where they hold two codes a byte; v in the layout of the spec.
     q_scale [B, H, ceil(S / q_rows)], k_scale [B, Hk, ceil(S / k_rows)], v_scale [B, Hk, D]: fp32, above
     zero; a value is code * scale, and that of q includes softmax_scale.
     k_mean [B, Hk, D]: fp32, what smoothing has subtracted.
+    v_mean [B, Hk, D]: fp32, with v_scale: what kernels add to outputs of queries that see a key. Zeros: who takes a
+        mean from the values before puts it here (weights of a row add up to 1).
     """
 
     q: Tensor
@@ -105,3 +112,13 @@ class Operands(NamedTuple):
     k_scale: Tensor | None
     v_scale: Tensor | None
     k_mean: Tensor | None
+    v_mean: Tensor | None = None
+
+    @property
+    def head_dim(self) -> int:
+        return self.q.shape[-1] * (2 if self.q.dtype == torch.uint8 else 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all of them."""
+        return sum(x.nbytes for x in self if x is not None)

@@ -39,16 +39,21 @@ from .operands import (
 SCALE_ROWS = 128
 # What `forward_quantized` reads; k_rows=1, smooth_k and softmax_scale are free. Values of 16 bits make "int8"
 # run where tensor cores have no FP8.
-TRITON_EIGHT_BIT = EIGHT_BIT | {"int8": PrologueSpec(qk="int8", k_rows=SCALE_ROWS)}
-_CODES = (torch.int8, torch.float8_e4m3fn)
+TRITON_EIGHT_BIT = EIGHT_BIT | {
+    "int8": PrologueSpec(qk="int8", k_rows=SCALE_ROWS),
+    "int4": PrologueSpec(qk="int4x2", k_rows=SCALE_ROWS),
+}
+_CODES = (torch.int8, torch.float8_e4m3fn, torch.uint8)
 
 
 class Scales(NamedTuple):
-    """What codes are multiplied by, all fp32: q [B, H, Sq], k [B, Hk, blocks], v [B, Hk, D] or None."""
+    """What codes are multiplied by, all fp32: q [B, H, Sq], k [B, Hk, blocks], v [B, Hk, D] or None. v_mean, of the
+    shape of v: what is added to outputs."""
 
     q: Tensor
     k: Tensor
     v: Tensor | None
+    v_mean: Tensor | None
     blocks: int
 
 
@@ -87,7 +92,8 @@ def unsupported_quantized(x: Operands, plan: BlockPlan) -> list[str]:
     values = "float8_e4m3fn with a scale" if x.v_scale is not None else "of 16 or 32 bits"
     if x.q.dtype not in _CODES or x.k.dtype != x.q.dtype:
         reasons.append(
-            f"queries and keys must both be int8 or both float8_e4m3fn, got {x.q.dtype}, {x.k.dtype}"
+            "queries and keys must both be int8, float8_e4m3fn or uint8 (two codes of INT4 a byte), got "
+            f"{x.q.dtype}, {x.k.dtype}"
         )
     if x.v.dtype not in (DTYPES if x.v_scale is None else (torch.float8_e4m3fn,)):
         reasons.append(f"values must be {values}, got {x.v.dtype}")
@@ -96,9 +102,9 @@ def unsupported_quantized(x: Operands, plan: BlockPlan) -> list[str]:
     if x.q.shape[2] % x.k.shape[2]:
         reasons.append(f"{x.q.shape[2]} query heads do not divide into {x.k.shape[2]} key heads")
     reasons += [
-        f"{name} must be {' or '.join(map(str, shapes))}, got {tuple(tensor.shape)}"
+        f"{name} must be {' or '.join(map(str, shapes))}, got {tuple(getattr(tensor, 'shape', ()))}"
         for name, tensor, *shapes in _expected_shapes(x, plan)
-        if tuple(tensor.shape) not in shapes
+        if getattr(tensor, "shape", ()) not in shapes
     ]
     if plan.block_q > MAX_BLOCK or plan.block_k > SCALE_ROWS:
         reasons.append(
@@ -126,10 +132,10 @@ def _unsupported_fp8(where: torch.device) -> list[str]:
 
 
 def _expected_shapes(x: Operands, plan: BlockPlan):
-    batch, _, heads, dim = x.q.shape
-    kv_heads, blocks = x.k.shape[2], -(-plan.length_k // SCALE_ROWS)
-    yield "q", x.q, (batch, plan.length_q, heads, dim)
-    yield "k", x.k, (batch, plan.length_k, kv_heads, dim)
+    batch, _, heads, width = x.q.shape
+    kv_heads, blocks, dim = x.k.shape[2], -(-plan.length_k // SCALE_ROWS), x.head_dim
+    yield "q", x.q, (batch, plan.length_q, heads, width)
+    yield "k", x.k, (batch, plan.length_k, kv_heads, width)
     yield "q_scale", x.q_scale, (batch, heads, plan.length_q)
     yield "k_scale", x.k_scale, (batch, kv_heads, blocks), (batch, kv_heads, plan.length_k)
     if x.v_scale is None:
@@ -137,6 +143,7 @@ def _expected_shapes(x: Operands, plan: BlockPlan):
     else:
         yield "v", x.v, (batch, kv_heads, dim, blocks * SCALE_ROWS)
         yield "v_scale", x.v_scale, (batch, kv_heads, dim)
+        yield "v_mean", x.v_mean, (batch, kv_heads, dim)
 
 
 def _key_rows(x: Operands) -> int:
@@ -178,7 +185,8 @@ def forward(
     if scale <= 0:  # the running maximum is taken before scaling, which needs a positive scale
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     q, k, v = rows_in_memory(q), rows_in_memory(k), rows_in_memory(v)
-    return _run(q, k, v, None, plan, scale, return_lse, q.dtype, bias)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return _run(q, k, v, out, None, plan, scale, return_lse, bias)
 
 
 def forward_quantized(
@@ -197,16 +205,19 @@ def forward_quantized(
         out, lse = forward_quantized(x._replace(v=x.v.float()), plan, scale, return_lse, bias)
         return out.to(x.v.dtype), lse
     scales = Scales(
-        x.q_scale.contiguous(), x.k_scale.contiguous(),
-        None if x.v_scale is None else x.v_scale.contiguous(), x.k_scale.shape[2],
-    )  # fmt: skip
+        *(
+            None if s is None else s.contiguous()
+            for s in (x.q_scale, x.k_scale, x.v_scale, x.v_mean)
+        ),
+        x.k_scale.shape[2],
+    )
     dtype = x.v.dtype if x.v_scale is None else torch.bfloat16
     q, k, v = rows_in_memory(x.q), rows_in_memory(x.k), rows_in_memory(x.v)
-    return _run(q, k, v, scales, plan, scale, return_lse, dtype, bias)
+    out = torch.empty(*q.shape[:3], x.head_dim, dtype=dtype, device=q.device)
+    return _run(q, k, v, out, scales, plan, scale, return_lse, bias)
 
 
-def _run(q, k, v, scales, plan, scale, return_lse, dtype, bias) -> tuple[Tensor, Tensor | None]:
-    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+def _run(q, k, v, out, scales, plan, scale, return_lse, bias) -> tuple[Tensor, Tensor | None]:
     lse = None
     if return_lse:
         lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
@@ -250,8 +261,10 @@ def launch(
     bias: Bias | None = None,
 ) -> tuple[tuple, tuple, dict]:  # fmt: skip
     """Grid, positional arguments and keyword arguments of `forward_kernel`."""
-    batch, _, heads, head_dim = q.shape
+    batch, _, heads, head_dim = out.shape
     block = block_sizes(plan, head_dim, least=16 if scales is None else 32)
+    if q.dtype == torch.uint8:  # half of the channels are multiplied at once
+        block["BD"] = max(64, block["BD"])
     ready = prepare(plan, width=block["BN"])
     rows, visible = mask_policies(ready)
     own, added, bias_operands = bias_policies(bias)

@@ -149,6 +149,29 @@ def load_rows(p, o_r, stride, count, D: tl.constexpr, BD: tl.constexpr):
     return block
 
 
+@triton.jit
+def products(b_q, b_k, PRECISION: tl.constexpr):
+    """q k^T [BM, BN], fp32. Of bytes with two codes of INT4 those in the low bits are multiplied as INT8, then those in
+    the high ones: codes go to no other place, since the order of channels is the same in both."""
+    if b_q.dtype == tl.uint8:
+        b_s = tl.dot(_low(b_q), tl.trans(_low(b_k)))
+        b_s = tl.dot(_high(b_q), tl.trans(_high(b_k)), b_s, out_dtype=tl.int32)
+    else:
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    return b_s.to(tl.float32)
+
+
+@triton.jit
+def _low(b_x):
+    """The code in the low bits, int8: an arithmetic shift keeps the sign."""
+    return (b_x << 4).to(tl.int8, bitcast=True) >> 4
+
+
+@triton.jit
+def _high(b_x):
+    return b_x.to(tl.int8, bitcast=True) >> 4
+
+
 # Policies of the product with the values: they add a block to the output.
 
 
@@ -207,6 +230,7 @@ def _walk(
     """Entries first .. last of one list, each in PARTS, the online softmax over them; VISIBLE None: no mask."""
     o_n = tl.arange(0, BN)
     ALIGN: tl.constexpr = 16 if TOP > 0 else 1
+    PER: tl.constexpr = 2 if p_k.dtype.element_ty == tl.uint8 else 1  # codes a byte
     for at in range(first * PARTS, last * PARTS):
         e, column = at // PARTS, at % PARTS * BN
         start = tl.multiple_of(tl.load(p_start + e), ALIGN) + column
@@ -214,8 +238,9 @@ def _walk(
         if VISIBLE is not None:
             count = tl.load(p_count + e) - column
         # Masked rows are not loaded: past the end there is no memory, and elsewhere 0 * NaN is NaN.
-        b_k = load_rows(p_k + start.to(tl.int64) * stride_ks, o_n, stride_ks, count, D, BD)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION).to(tl.float32)  # [BM, BN]
+        p = p_k + start.to(tl.int64) * stride_ks
+        b_k = load_rows(p, o_n, stride_ks, count, D // PER, BD // PER)
+        b_s = products(b_q, b_k, PRECISION)  # [BM, BN]
         factor = b_scale  # [BM]
         if K_ROWS == 1:
             inside = None if VISIBLE is None else o_n < count
@@ -280,7 +305,8 @@ def forward_kernel(
     # through all loops and spill.
     o_row = tl.minimum(o_m, q_count - 1)
     p_q += b * stride_qb + h * stride_qh + q_start * stride_qs
-    b_q = load_rows(p_q, o_row, stride_qs, None, D, BD)  # [BM, BD]
+    PER: tl.constexpr = 2 if p_q.dtype.element_ty == tl.uint8 else 1  # codes a byte
+    b_q = load_rows(p_q, o_row, stride_qs, None, D // PER, BD // PER)  # [BM, BD]
     p_k += b * stride_kb + hk * stride_kh
     p_v += b * stride_vb + hk * stride_vh
     rows = q_start + o_row
@@ -316,10 +342,14 @@ def forward_kernel(
                           p_full_start, p_full_count, first, whole_end, mask, rows, bias, own, D, BM, BN, BD,
                           None, BIAS, WORDS, PARTS, VALUES, K_ROWS, TOP, PRECISION, WAIT)  # fmt: skip
 
-    l = tl.where(l == 0.0, 1.0, l)  # a row without keys: 0 / 1, and -inf + log2(1)
+    empty = l == 0.0  # a row without keys: 0 / 1, and -inf + log2(1)
+    l = tl.where(empty, 1.0, l)
     b_o = acc / l[:, None]
     if TOP > 0:
-        b_o *= tl.load(scales.v + (b * (heads // group) + hk) * D + o_d, mask=o_d < D)[None, :]
+        o_v = (b * (heads // group) + hk) * D + o_d
+        b_mean = tl.load(scales.v_mean + o_v, mask=o_d < D)[None, :]
+        b_o *= tl.load(scales.v + o_v, mask=o_d < D)[None, :]
+        b_o += tl.where(empty[:, None], 0.0, b_mean)
     p_o += b * stride_ob + h * stride_oh + q_start * stride_os
     stored = o_m < q_count
     tl.store(p_o + o_m[:, None] * stride_os + o_d[None, :], b_o.to(p_o.dtype.element_ty),
