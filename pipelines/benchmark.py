@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv as csv_module
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -25,22 +26,40 @@ from torch import Tensor
 
 from visionfuse.bench.table import Row, update_csv
 from visionfuse.profile import named, subject
+from visionfuse.sites import denoisers
 
 # call(pipe, steps, **more) -> latents or frames, for one seed; `more` goes to the pipeline.
 Call = Callable[..., Tensor]
-Options = dict[str, Any] | None
+# Arguments of `enable_visionfuse`, or what changes the pipeline and returns the undoing, or None: as it is.
+Options = dict[str, Any] | Callable[[Any], Callable[[], None]] | None
 
-# Arguments of `enable_visionfuse`; None: the pipeline as it is. The first is the baseline.
+
+def compile_alone(pipe: Any) -> Callable[[], None]:
+    """diffusers' own compilation of repeated blocks, without visionfuse."""
+    models = [denoiser.model for denoiser in denoisers(pipe)]
+    for model in models:
+        model.compile_repeated_blocks()
+
+    def undo() -> None:
+        for module in (module for model in models for module in model.modules()):
+            vars(module).pop("_compiled_call_impl", None)
+
+    return undo
+
+
+# The first is the baseline.
 VARIANTS: dict[str, Options] = {
     "stock": None,
-    "stock + compile": {"recipe": "auto", "compile": True},
+    "stock + compile": compile_alone,
     "sage": {"recipe": "sage"},
+    "compile": {"compile": True},
+    "compile + fp8 linears": {"compile": True, "linear": "fp8"},
     "sage + compile": {"recipe": "sage", "compile": True},
     "sage + compile + fp8 linears": {"recipe": "sage", "compile": True, "linear": "fp8"},
 }
 
 
-TABLE_WIDTH = 100  # logs count as 80 columns wide
+TABLE_WIDTH = 110  # logs count as 80 columns wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +119,8 @@ def benchmark(
     stock: Tensor | None = None
     for name, options in variants.items():
         torch._dynamo.reset()  # a cold start is cold, and no variant is compiled for the sizes of another
-        try:
-            result, out = _measure(pipe, call, name, options, steps, cold_steps or steps)
-        finally:
-            if options is not None:
-                pipe.disable_visionfuse()
+        with ExitStack() as undo:
+            result, out = _measure(pipe, call, name, options, steps, cold_steps or steps, undo)
         if out is not None and stock is None:
             stock = out
         elif out is not None and stock is not None:
@@ -117,13 +133,24 @@ def benchmark(
 
 
 def _measure(
-    pipe: Any, call: Call, name: str, options: Options, steps: int, cold_steps: int
+    pipe: Any,
+    call: Call,
+    name: str,
+    options: Options,
+    steps: int,
+    cold_steps: int,
+    undo: ExitStack,
 ) -> tuple[Result, Tensor | None]:
-    result = Result(name=name, recipe=str((options or {}).get("recipe", "")))
+    result = Result(name=name)
     try:
         started = time.perf_counter()
-        if options is not None:
+        if isinstance(options, dict):
+            recipe = options.get("recipe", "")
+            result.recipe = getattr(recipe, "name", recipe)
+            undo.callback(pipe.disable_visionfuse)
             pipe.enable_visionfuse(**options)
+        elif options is not None:
+            undo.callback(options(pipe))
         call(pipe, cold_steps)
         synchronize()
         result.cold = time.perf_counter() - started
@@ -219,9 +246,8 @@ def random_weights(
 
     def call(pipe: Any, steps: int, **more: Any) -> Tensor:
         generator = torch.Generator("cpu").manual_seed(0)
-        out = pipe(
-            num_inference_steps=steps, generator=generator, return_dict=False, **given, **more
-        )
+        options = {**given, **more}
+        out = pipe(num_inference_steps=steps, generator=generator, return_dict=False, **options)
         return out[0]
 
     return pipe, call

@@ -55,6 +55,28 @@ def test_rows_of_a_run(pipe, tmp_path, capsys):
         assert [row["impl"] for row in csv.DictReader(file)] == [row.impl for row in rows]
 
 
+def test_the_compiled_baseline_is_that_of_diffusers(pipe, monkeypatch):
+    torch._dynamo.reset()
+    made = []
+
+    def counted(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    own = type(pipe.transformer).compile_repeated_blocks
+    monkeypatch.setattr(
+        type(pipe.transformer),
+        "compile_repeated_blocks",
+        lambda model: own(model, backend=counted),
+    )
+    variants = {"stock": None, "stock + compile": bench.compile_alone}
+    rows = benchmark(lambda: (pipe, call), variants, steps=1, case=CASE)
+    assert made
+    assert float(rows[-1].rel_l1) < 1e-5
+    assert all(m._compiled_call_impl is None for m in pipe.transformer.modules())
+    assert not any("_compiled_call_impl" in vars(m) for m in pipe.transformer.modules())
+
+
 def test_what_fell_back_is_said(pipe, capsys):
     rows = benchmark(
         lambda: (pipe, call), {"stock": None, "fp8": {"linear": "fp8"}}, steps=1, case=CASE
@@ -129,3 +151,23 @@ def test_two_runs(tmp_path, capsys):
     assert compare_csv(base, new, worse=0.3) == []
     with pytest.raises(ValueError, match="no case"):
         compare_csv(base, write(tmp_path / "other.csv", fresh=1.0))
+
+
+@pytest.mark.slow  # compiles four times
+def test_wan_combined(tmp_path):
+    from visionfuse.pipelines import wan_benchmark
+    from visionfuse.recipes import build
+
+    task = wan_benchmark.Task(
+        model="wan2.1-1.3b", size=(32, 64), frames=5, layers=1, parts=("combined",),
+        recipes=(build("sta", density=0.5, dense_steps=10),), device=torch.device("cpu"),
+        dtype=torch.float32,
+    )  # fmt: skip
+    (rows,) = wan_benchmark.measure(task)
+    words = " + compile + fp8 linears"
+    names = ["stock", "stock + compile", f"sta{words}", f"sta{words}, mean of 50 steps"]
+    assert [row.recipe for row in rows] == names
+    assert "1 WanTransformerBlock, each class once" in rows[2].note
+    assert "fp8 products need an NVIDIA GPU" in rows[2].note
+    stock, _, fast, mean = (row.ms for row in rows)
+    assert mean == pytest.approx(0.2 * stock + 0.8 * fast)

@@ -74,7 +74,7 @@ def test_enter(config, layout, reason, streams):
 
 @pytest.mark.parametrize("streams", [(4, 8), (12,), (8, 4)])
 @pytest.mark.parametrize("parts", [2, 4])
-def test_exchange_there_and_back(streams, parts, monkeypatch):
+def test_exchange_there_and_back(streams, parts):
     """With all processes in one: what each holds is what diffusers splits, and comes back to it."""
     torch.manual_seed(0)
     whole = torch.randn(2, sum(streams), 8, 3)
@@ -84,21 +84,11 @@ def test_exchange_there_and_back(streams, parts, monkeypatch):
     ]
     ends = [0, *torch.tensor(streams).div(parts).cumsum(0).int().tolist()]
     cuts = list(pairwise(ends))
-    mail: list[torch.Tensor] = []
-    monkeypatch.setattr(parallel, "_exchange", lambda x, group: mail.append(x) or x)
-    for x in local:
-        parallel._all_tokens(x, parts, cuts, None)
-    sent, back = list(mail), []
+    sent, back = [parallel._by_heads(x, parts) for x in local], []
     for rank in range(parts):
-        got = torch.stack([x[rank] for x in sent])
-        monkeypatch.setattr(parallel, "_exchange", lambda x, group, got=got: got)
-        mine = parallel._all_tokens(local[0], parts, cuts, None)
+        mine = parallel._all_tokens(torch.stack([x[rank] for x in sent]), cuts)
         heads = slice(rank * 8 // parts, (rank + 1) * 8 // parts)
         assert torch.equal(mine, whole[:, :, heads])
-        monkeypatch.setattr(parallel, "_exchange", lambda x, group: back.append(x) or x)
-        parallel._all_heads(mine, parts, cuts, None)
+        back.append(parallel._by_tokens(mine, parts, cuts))
     for rank in range(parts):
-        got = torch.stack([x[rank] for x in back])
-        monkeypatch.setattr(parallel, "_exchange", lambda x, group, got=got: got)
-        x = whole.chunk(parts, 2)[0]
-        assert torch.equal(parallel._all_heads(x, parts, cuts, None), local[rank])
+        assert torch.equal(parallel._all_heads(torch.stack([x[rank] for x in back])), local[rank])

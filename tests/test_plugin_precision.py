@@ -71,6 +71,26 @@ def test_the_report_says_what_int4_is_good_for(pipe):
     assert "saves no time" not in str(visionfuse.report(pipe))
 
 
+def test_a_lost_picture_is_an_error(pipe):
+    """What kernels of a GPU make of an infinity, made by the last layer here: emulation refuses it before."""
+    last = pipe.transformer.proj_out.bias
+    pipe.enable_visionfuse("sage")
+    with torch.no_grad():
+        kept = last[0].item()
+        last[0] = torch.inf
+        try:
+            with pytest.raises(ValueError, match="NaN or infinities"):
+                run(pipe, steps=2)
+            with pytest.raises(FloatingPointError, match="disable_visionfuse"):
+                run(pipe, steps=1)
+            pipe.enable_visionfuse("dense")
+            run(pipe, steps=1)
+        finally:
+            last[0] = kept
+    pipe.enable_visionfuse("sage")
+    assert run(pipe).isfinite().all()
+
+
 def test_more_bits_are_closer(pipe, stock):
     changes = []
     for name in ("int8", "int8_fp8", "fp8", "int4_fp8+smooth_q"):

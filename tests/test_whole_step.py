@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -397,3 +399,40 @@ def test_a_layer_that_fails_in_a_run_gets_its_own_weights_back():
     pipe.enable_visionfuse(compile={"backend": "eager"})
     with pytest.warns(UserWarning, match="runs eagerly"), pytest.raises(RuntimeError):
         run(pipe)
+
+
+def test_gelu_by_a_sigmoid_is_the_same_function():
+    def backend(module, inputs):
+        compiled.short_gelu(module.graph)
+        module.recompile()
+        functions.extend(node.target for node in module.graph.nodes)
+        return module.forward
+
+    functions: list = []
+    x = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    for approximate, changed in (("tanh", True), ("none", False)):
+        functions.clear()
+        gelu = torch.nn.GELU(approximate=approximate)
+        made = torch.compile(gelu, backend=backend)
+        torch.testing.assert_close(made(x), gelu(x), rtol=0, atol=1e-14)
+        assert made(x.bfloat16()).dtype == torch.bfloat16
+        assert (torch.sigmoid in functions) == changed
+
+
+@pytest.mark.slow  # compiles with inductor
+def test_compiled_code_survives_processes(tmp_path):
+    program = (
+        "from torch._dynamo.utils import counters\n"
+        "from visionfuse.testing_pipelines import run, wan_pipeline\n"
+        "pipe = wan_pipeline()\n"
+        "pipe.enable_visionfuse(compile=True)\n"
+        "run(pipe, steps=2)\n"
+        "kinds = ('hit', 'miss', 'bypass')\n"
+        "print('counted', *(counters['aot_autograd'][f'autograd_cache_{kind}'] for kind in kinds))\n"
+    )
+    made = []
+    for _ in range(2):
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)  # fmt: skip
+        made.append(ran.stdout.split("counted ")[1].split())
+    assert made == [["0", "1", "0"], ["1", "0", "0"]]

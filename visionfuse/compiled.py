@@ -11,16 +11,20 @@ the next process starts faster.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._pytree import tree_map
 
+from .captured import Captured
 from .linears import Rounded
 from .sites import Denoiser
 
@@ -29,7 +33,10 @@ from .sites import Denoiser
 MOST_GRAPHS = 64
 # For products of INT8, whose sums have 32 bits: scaled before they are written. torchao would set it for everybody.
 INT8_OPTIONS = {"force_fuse_int_mm_with_mul": True}
+GELU = 2 * (2 / math.pi) ** 0.5, 0.044715  # its tanh form is x sigmoid(a (x + b x^3))
 LONGEST_REASON = 200  # characters of a failure's message; dynamo writes pages
+# Modes of torch.compile that make no CUDA graphs themselves.
+WITHOUT_GRAPHS = (None, "default", "max-autotune-no-cudagraphs")
 
 
 def room_for_graphs() -> AbstractContextManager[Any]:
@@ -40,15 +47,22 @@ def room_for_graphs() -> AbstractContextManager[Any]:
 
 
 class Compiled:
-    """The compiled blocks of one denoiser. rounded: its 8-bit layers, if any. notes: why blocks run eagerly after
-    all, if so."""
+    """The compiled blocks of one denoiser. rounded: its 8-bit layers, if any. captured: its CUDA graphs, if they may
+    be. notes: why blocks run eagerly after all, if so."""
 
     def __init__(self, rounded: Rounded | None = None):
         self.blocks: list[nn.Module] = []
         self.rounded = rounded
+        self.captured: Captured | None = None
         self.notes: Counter[str] = Counter()
 
+    def during_call(self) -> AbstractContextManager[None]:
+        """Around a call of the pipeline."""
+        return nullcontext() if self.captured is None else self.captured.during_call()
+
     def undo(self) -> None:
+        if self.captured is not None:
+            self.captured.undo()
         for block in self.blocks:
             vars(block).pop("_compiled_call_impl", None)  # the class has None
         self.blocks = []
@@ -60,6 +74,8 @@ class Compiled:
             kinds = Counter(type(block).__name__ for block in self.blocks)
             blocks = ", ".join(f"{count} {name}" for name, count in kinds.items())
             out.append(f"{blocks}, each class once")
+        if self.captured is not None:
+            out += self.captured.lines()
         return out + [f"{reason} ({count}x)" for reason, count in self.notes.items()]
 
 
@@ -78,15 +94,40 @@ def compile_blocks(
     if not getattr(model, "_repeated_blocks", None):
         made.notes[f"diffusers names no repeated blocks of {type(model).__name__}"] += 1
         return made
-    if rounded is not None and rounded.linears.format == "int8" and not options:
-        options = {"options": INT8_OPTIONS}
-    model.compile_repeated_blocks(**options)
+    model.compile_repeated_blocks(**(options or _inductor_options(rounded)))
     made.blocks = [m for m in model.modules() if m._compiled_call_impl is not None]
     for block in made.blocks:
         compiled = block._compiled_call_impl
         assert compiled is not None
         block._compiled_call_impl = _with_fallback(made, block, compiled)
+    if options.get("mode") in WITHOUT_GRAPHS and next(model.parameters()).is_cuda:
+        made.captured = Captured(denoiser)
     return made
+
+
+def _inductor_options(rounded: Rounded | None) -> dict[str, Any]:
+    int8 = rounded is not None and rounded.linears.format == "int8"
+    return {"options": {"pre_grad_custom_pass": short_gelu, **(INT8_OPTIONS if int8 else {})}}
+
+
+def short_gelu(graph: torch.fx.Graph) -> None:
+    """Write GELU's tanh form by a sigmoid. It is the same function, of one exponential; CUDA's tanh is so long
+    that it, and not memory, decides how long the activation takes, and where its output is rounded to 8 bits
+    it is computed twice."""
+    tracer = GraphAppendingTracer(graph)
+    for node in graph.find_nodes(op="call_function", target=F.gelu):
+        if node.kwargs.get("approximate") == "tanh":
+            with graph.inserting_before(node):
+                shorter: Any = _gelu(torch.fx.Proxy(node.args[0], tracer))  # pyright: ignore[reportArgumentType]
+            node.replace_all_uses_with(shorter.node)
+            graph.erase_node(node)
+
+
+def _gelu(x: Any) -> Any:
+    """Of the place of a tensor in a graph. Inductor makes one kernel of it, float32 inside, and keeps compiled code
+    on disk only for operations of PyTorch."""
+    a, b = GELU
+    return x * torch.sigmoid(a * (x + b * x * x * x))
 
 
 def _with_fallback(made: Compiled, block: nn.Module, compiled: Callable[..., Any]) -> Callable:
@@ -97,6 +138,8 @@ def _with_fallback(made: Compiled, block: nn.Module, compiled: Callable[..., Any
             args, kwargs = tree_map(_plain, (args, kwargs))
             return compiled(*args, **kwargs)
         except RuntimeError as failure:  # dynamo's and inductor's are of this kind, too
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise  # nothing can run inside of a failed capture
             out_of_memory = isinstance(failure, torch.OutOfMemoryError)
             reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:LONGEST_REASON]}"
         # Outside of the handler, whose traceback would keep the tensors of the failed run alive.

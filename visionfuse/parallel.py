@@ -70,32 +70,49 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, config: Any, own: A
     if plan.variant is not None and plan.variant.shape[1] > 1:  # plans by head: those of our heads
         first = torch.distributed.get_rank(group) * heads
         plan = replace(plan, variant=plan.variant.narrow(1, first, heads))
-    q, k, v = (_all_tokens(x, parts, streams, group) for x in (q, k, v))
-    out = own(q, k, v, plan)
-    return _all_heads(out, parts, streams, group)
+    # All three are on their way before the first is waited for.
+    sent = [_send(_by_heads(x, parts), group) for x in (q, k, v)]
+    q, k, v = (_all_tokens(_receive(x), streams) for x in sent)
+    return _all_heads(_receive(_send(_by_tokens(own(q, k, v, plan), parts, streams), group)))
 
 
-def _all_tokens(x: Tensor, parts: int, streams: list[tuple[int, int]], group: Any) -> Tensor:
-    """(B, S / parts, H, D) -> (B, S, H / parts, D), the tokens in the order of the plan."""
-    sent = x.unflatten(2, (parts, -1)).permute(
-        2, 0, 1, 3, 4
-    )  # [receiver, B, S / parts, H / parts, D]
-    got = _exchange(sent, group).transpose(0, 1)  # [B, sender, S / parts, H / parts, D]
-    return torch.cat([got[:, :, a:b].flatten(1, 2) for a, b in streams], 1)
+def _by_heads(x: Tensor, parts: int) -> Tensor:
+    """(B, S / parts, H, D) -> [receiver, B, S / parts, H / parts, D]"""
+    return x.unflatten(2, (parts, -1)).permute(2, 0, 1, 3, 4)
 
 
-def _all_heads(x: Tensor, parts: int, streams: list[tuple[int, int]], group: Any) -> Tensor:
-    """The way back."""
+def _all_tokens(got: Tensor, streams: list[tuple[int, int]]) -> Tensor:
+    """[sender, B, S / parts, H / parts, D] -> (B, S, H / parts, D), the tokens in the order of the plan."""
+    got = got.transpose(0, 1)
+    return _joined([got[:, :, a:b].flatten(1, 2) for a, b in streams], 1)
+
+
+def _by_tokens(x: Tensor, parts: int, streams: list[tuple[int, int]]) -> Tensor:
+    """(B, S, H / parts, D) -> [receiver, B, S / parts, H / parts, D]"""
     lengths = [parts * (b - a) for a, b in streams]
     cut = [part.unflatten(1, (parts, -1)) for part in x.split(lengths, 1)]
-    sent = torch.cat(cut, 2).transpose(0, 1)  # [receiver, B, S / parts, H / parts, D]
-    got = _exchange(sent, group)  # [sender, B, S / parts, H / parts, D]
+    return _joined(cut, 2).transpose(0, 1)
+
+
+def _all_heads(got: Tensor) -> Tensor:
+    """[sender, B, S / parts, H / parts, D] -> (B, S / parts, H, D)"""
     return got.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
-def _exchange(x: Tensor, group: Any) -> Tensor:
-    """Part i of the first axis goes to process i."""
-    from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    """A single part is not copied: a video without text among its tokens."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
-    got = all_to_all_single(x.contiguous().flatten(), None, None, group)
-    return wait_tensor(got).view(x.shape)
+
+def _send(x: Tensor, group: Any) -> tuple[Tensor, torch.Size]:
+    """Part i of the first axis goes to process i."""
+    from torch.distributed._functional_collectives import all_to_all_single
+
+    return all_to_all_single(x.contiguous().flatten(), None, None, group), x.shape
+
+
+def _receive(sent: tuple[Tensor, torch.Size]) -> Tensor:
+    """What the others sent, in the shape of what was."""
+    from torch.distributed._functional_collectives import wait_tensor
+
+    return wait_tensor(sent[0]).view(sent[1])

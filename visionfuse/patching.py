@@ -236,6 +236,8 @@ def _wrap_call(cls: type) -> None:
             if enabled.changes_attention:
                 session = Session(self, enabled.recipe, enabled.impl, enabled.ran)
                 stack.enter_context(session)
+            for compiled in enabled.compiled.values():
+                stack.enter_context(compiled.during_call())
             return original(self, *args, **kwargs)
 
     setattr(__call__, _KEY, True)

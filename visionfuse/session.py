@@ -97,6 +97,24 @@ class Session:
         if _RUNNING:
             _RUNNING[-1].attach()
         LOCK.release()
+        if not any(error):
+            self.check_outputs()
+
+    def check_outputs(self) -> None:
+        """Of rounded attention, whose kernels cannot look at the numbers without waiting for the GPU, the last output
+        of a run is looked at: what is lost in a step is lost in all after it. Raises FloatingPointError."""
+        for each in self.routings:
+            output, each.output = each.output, None
+            first = output[0] if isinstance(output, (tuple, dict)) else output
+            made = (
+                first if isinstance(first, (tuple, list)) else [first]
+            )  # Z-Image gives a list of pictures
+            if not all(bool(x.isfinite().all()) for x in made if isinstance(x, torch.Tensor)):
+                raise FloatingPointError(
+                    f"The output of {each.name} holds NaN or infinities. Attention was rounded, where an infinite query, key or "
+                    "value makes NaN of its head: call pipe.disable_visionfuse() to see whether the model alone is whole, and "
+                    'then leave precision at "model", or load the model in bfloat16.'
+                )
 
     def attach(self) -> None:
         if self.changes is not None:
@@ -145,6 +163,10 @@ class Routing:
         self.names: tuple[str, ...] = ()
         self.undo = ExitStack()
         self.inverse: torch.Tensor | None = None
+        self.rounds, self.output = (
+            False,
+            None,
+        )  # whether a variant rounds, and the last output if so
         self.order = self.recipe.order
         if why := self.site.row_only(self.model):
             self.order = ROW
@@ -183,6 +205,9 @@ class Routing:
         self.route(decision.names)
         ACTIVE.notes = self.ran.notes
         ACTIVE.variants, ACTIVE.masked = decision.variants, decision.masked
+        self.rounds |= any(
+            way is not None and way.precision != "model" for way in decision.variants
+        )
         ACTIVE.permutation = ACTIVE.rope = None
         if decision.plan is None or decision.plan.permutation is None:
             return args, kwargs
@@ -191,9 +216,10 @@ class Routing:
         return (), self.site.permute(self.model, arguments, order, self.memo)
 
     def after(self, output):
-        if self.inverse is None:
-            return output
-        return self.site.restore(self.model, output, self.inverse)
+        if self.inverse is not None:
+            output = self.site.restore(self.model, output, self.inverse)
+        self.output = output if self.rounds else None
+        return output
 
     def decide(self, arguments: dict) -> Decision:
         """What this forward runs. Plans and order are the same in every step of a run, because cached
