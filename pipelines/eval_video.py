@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -42,7 +41,7 @@ from visionfuse.pipelines.variants import EXAMPLE, STOCK, Variant
 from visionfuse.reporting import report
 from visionfuse.shapes.fidelity import accuracy, breakdown
 from visionfuse.shapes.video import Clip, held_out_clips
-from visionfuse.shapes.video_fidelity import judge_clip
+from visionfuse.shapes.video_fidelity import score_clips
 from visionfuse.shapes.video_render import FRAMES
 
 STRIP_FRAMES = 6  # of a video, in a strip
@@ -194,13 +193,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             losses = gap(run, samples, args.steps) if seed == args.seeds[0] else (None, None)
             each = [] if stock is None else [psnr(*two) for two in zip(videos, stock, strict=True)]
             stock = videos if stock is None else stock
-            with ThreadPoolExecutor() as pool:
-                verdicts = list(pool.map(judge_clip, videos, clips))
+            verdicts = score_clips(videos, clips)
             differing = [value for value in each if value != float("inf")]
             gain = said[0].gain if said and run.variant.recipe != STOCK else None
             rows.append(Row(
                 case=Path(args.model).resolve().name, weights=run.weights, size=args.side,
-                frames=args.frames, recipe=run.variant.recipe, options=run.variant.options,
+                frames=args.frames, recipe=Path(run.variant.recipe).name, options=run.variant.options,
                 density=None if gain is None else 1 / gain, steps=args.steps,
                 guidance=args.guidance, captions=len(clips), right=accuracy(verdicts),
                 new=accuracy(verdicts[::2]), seen=accuracy(verdicts[1::2]),

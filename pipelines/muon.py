@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Muon(torch.optim.Optimizer):
@@ -39,6 +39,18 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(p)
         return state["momentum"]
+
+
+def muon_and_adamw(module: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of a transformer's blocks, AdamW at half the rate for everything else."""
+    matrices = {
+        name: p for name, p in module.named_parameters() if p.ndim == 2 and ".blocks." in name
+    }
+    others = [p for name, p in module.named_parameters() if name not in matrices]
+    return [
+        Muon(matrices.values(), lr=rate),
+        torch.optim.AdamW(others, lr=rate / 2, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

@@ -260,12 +260,17 @@ def main() -> None:
     model = random_model(TINY if args.tiny else FLUX, args) if "step" in args.parts else None
     for text in args.sizes:
         height, width = map(int, text.split("x"))
-        rows = attention((height, width), args) if "attention" in args.parts else []
-        for part in (rows, steps((height, width), args, model, rows) if model is not None else []):
-            if part:
-                show_rows(part, title=f"{SUITE}, {text}")
-                if args.csv:
-                    update_csv(part, args.csv, commit=args.commit)
+        found = attention((height, width), args) if "attention" in args.parts else []
+        _keep(found, text, args)
+        if model is not None:
+            _keep(steps((height, width), args, model, found), text, args)
+
+
+def _keep(rows: list[Row], size: str, args: argparse.Namespace) -> None:
+    if rows:
+        show_rows(rows, title=f"{SUITE}, {size}")
+        if args.csv:
+            update_csv(rows, args.csv, commit=args.commit)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ WAYS = {
     "scale_dit, 6 fine steps": replace(STAGES, fine_steps=6),
     "scale_dit, 16 fine steps": replace(STAGES, fine_steps=16),
     "scale_dit, low band": replace(STAGES, low_band=1.0),
+    "scale_dit, 6 fine steps, low band": replace(STAGES, fine_steps=6, low_band=1.0),
     "scale_dit, ntk 4, low band": replace(STAGES, ntk=4.0, low_band=1.0),
     "scale_dit, no guidance": replace(STAGES, guided=False, ntk=1.0),
 }
@@ -101,8 +102,9 @@ def main() -> None:
                 made, seconds = timed(partial(make, pipe, way, part, side, seed))
                 pictures += made
                 times.append(seconds / len(part))
-            rows.append(measure(way, pictures, some, median(times), side))
-            shown[way] = pictures[:4]
+            name = f"{way}, LoRA" if args.lora else way
+            rows.append(measure(name, pictures, some, median(times), side))
+            shown[name] = pictures[:4]
             show_rows(rows[-1:], title=f"{SUITE}, {side}")
             if args.csv:
                 update_csv(rows, args.csv, commit=args.commit)
@@ -138,8 +140,13 @@ def write_sheet(shown: dict[str, list[np.ndarray]], path: Path) -> None:
     """Ways from left to right, captions from top to bottom; under each whole picture its sharpest detail."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = []
-    for pictures in shown.values():
-        column = []
+    for way, pictures in shown.items():
+        title = np.full((28, 384, 3), 255, np.uint8)
+        column = [
+            cv2.putText(
+                title, way, (6, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (0, 0, 0), 1, cv2.LINE_AA
+            )
+        ]
         for picture in pictures:
             whole = cv2.resize(picture, (384, 384), interpolation=cv2.INTER_AREA)
             column += [whole, detail(picture)]

@@ -39,7 +39,7 @@ from visionfuse.kernels.plan import AttentionPlan, Segment, TokenLayout, plan_at
 from visionfuse.recipes import build
 from visionfuse.scale_dit import Guidance, guided
 from visionfuse.scale_dit.guidance import NTK_FACTOR
-from visionfuse.shapes import arrange, draw, pack
+from visionfuse.shapes import render
 from visionfuse.shapes.captions import training_scenes
 from visionfuse.sites import SITES
 
@@ -87,14 +87,21 @@ class Photos:
 class Shapes:
     """Drawn pictures that never repeat."""
 
-    def __init__(self, size: tuple[int, int], scenes: int = 4096):
+    def __init__(
+        self, size: tuple[int, int], device: torch.device | str = "cpu", scenes: int = 4096
+    ):
         if size[0] != size[1]:
             raise ValueError(f"Shapes are drawn on squares, got {size}.")
-        self.side, self.scenes = size[0], list(islice(training_scenes(0), scenes))
+        self.side, self.device, self.scenes = (
+            size[0],
+            device,
+            list(islice(training_scenes(0), scenes)),
+        )
 
     def batch(self, count: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
         chosen = [self.scenes[i] for i in torch.randint(len(self.scenes), (count,), generator=generator)]  # fmt: skip
-        return draw(arrange(pack(chosen), generator), self.side), [scene.text for scene in chosen]
+        seed = int(torch.randint(2**31, (), generator=generator))
+        return render(chosen, self.side, seed, self.device), [scene.text for scene in chosen]
 
 
 @contextmanager
@@ -141,8 +148,8 @@ class Training:
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
         return self.pipe._pack_latents(latents, *latents.shape).float()
 
-    def loss(self, images: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
-        """Flow matching on the image, at times sigmoid(N(0, 1))."""
+    def backward(self, images: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
+        """Add the gradients of flow matching on the image, at times sigmoid(N(0, 1)); returns the loss."""
         args, model, device = self.args, self.model, self.accelerator.device
         small = F.interpolate(images, scale_factor=1 / args.scale, mode="bicubic", antialias=True)
         clean, low = self.encode(images), self.encode(small.clamp(0, 1))
@@ -164,17 +171,17 @@ class Training:
             latents=low.to(dtype), coarse=self.coarse, image=self.image, ntk=args.ntk
         )
         strength = torch.ones_like(t) if model.config.guidance_embeds else None
-        with (
-            local_attention(model, self.plan),
-            guided(model, guidance),
-            self.accelerator.autocast(),
-        ):
-            velocity = model(
-                hidden_states=noisy, encoder_hidden_states=words, pooled_projections=pooled,
-                timestep=t.to(dtype), guidance=strength, txt_ids=text_ids, img_ids=text_ids,
-                return_dict=False,
-            )[0]  # fmt: skip
-        return F.mse_loss(velocity.float(), noise - clean)
+        # Around the gradients too: with checkpointing they compute blocks again.
+        with local_attention(model, self.plan), guided(model, guidance):
+            with self.accelerator.autocast():
+                velocity = model(
+                    hidden_states=noisy, encoder_hidden_states=words, pooled_projections=pooled,
+                    timestep=t.to(dtype), guidance=strength, txt_ids=text_ids, img_ids=text_ids,
+                    return_dict=False,
+                )[0]  # fmt: skip
+            loss = F.mse_loss(velocity.float(), noise - clean) / args.accumulate
+            self.accelerator.backward(loss)
+        return loss.detach()
 
     def run(self, data: Data) -> list[float]:
         args, accelerator = self.args, self.accelerator
@@ -197,9 +204,7 @@ class Training:
                 )  # so that a resumed run sees what one in one piece does
                 set_seed(seed % 2**32)
                 generator = torch.Generator().manual_seed(seed)
-                loss = self.loss(*data.batch(args.batch, generator), generator) / args.accumulate
-                accelerator.backward(loss)
-                total += loss.detach()
+                total += self.backward(*data.batch(args.batch, generator), generator)
             accelerator.clip_grad_norm_(self.weights, args.clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -277,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
         args.impl = "triton" if on_gpu else "blocks"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     pipe = FluxPipeline.from_pretrained(args.model, dtype=dtype).to(accelerator.device)
-    data = Shapes(args.size) if args.shapes else Photos(args.images, args.size)
+    data = Shapes(args.size, accelerator.device) if args.shapes else Photos(args.images, args.size)
     set_seed(args.seed)  # of the first weights
     Training(pipe, args, accelerator).run(data)
 

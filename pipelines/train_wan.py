@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -25,8 +26,10 @@ from accelerate import Accelerator
 from diffusers import WanPipeline
 from huggingface_hub import save_torch_state_dict
 
+from visionfuse.pipelines.muon import muon_and_adamw
 from visionfuse.pipelines.train_wan_data import FRAMES, Samples, folder, shapes, training_shapes
-from visionfuse.pipelines.train_wan_loop import Settings, Trainee, train
+from visionfuse.pipelines.train_wan_loop import Settings, Source, Trainee, train
+from visionfuse.pipelines.train_wan_phases import Times
 from visionfuse.pipelines.variants import Variant
 from visionfuse.shapes.video import held_out_clips
 
@@ -56,6 +59,9 @@ def adamw(trainee: Trainee, rate: float) -> list[torch.optim.Optimizer]:
     return [torch.optim.AdamW(trainee.parameters(), lr=rate, betas=(0.9, 0.999), eps=1e-15, weight_decay=1e-4)]  # fmt: skip
 
 
+OPTIMIZERS = {"adamw": adamw, "muon": muon_and_adamw}
+
+
 def load_samples(pipe: WanPipeline, args: argparse.Namespace, rank: int) -> tuple[Samples, Samples]:
     """Training and held-out samples. Every process renders shapes of its own; a folder's last tenth is held out."""
     if args.data != "shapes":
@@ -77,7 +83,7 @@ def load_samples(pipe: WanPipeline, args: argparse.Namespace, rank: int) -> tupl
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, began = parser.parse_args(argv), time.monotonic()
     accelerator = Accelerator(
         cpu=args.device == "cpu",
         mixed_precision="bf16" if args.device == "cuda" else "no",
@@ -88,9 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         settings = Settings(
             steps=args.steps, minutes=args.minutes, slice_steps=args.slice_steps,
-            slice_minutes=args.slice_minutes, batch=args.batch, rate=args.rate, warmup=args.warmup,
-            times=tuple((share, shift) for share, shift in args.times), drop=args.drop, ema=args.ema,
-            sampling_steps=args.sampling_steps, seed=args.seed, log_steps=args.log_steps,
+            slice_minutes=args.slice_minutes, rate=args.rate, warmup=args.warmup, drop=args.drop,
+            ema=args.ema, sampling_steps=args.sampling_steps, seed=args.seed, log_steps=args.log_steps,
             gap_steps=args.gap_steps, steady=args.steady,
         )  # fmt: skip
         pipe = WanPipeline.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True)
@@ -102,9 +107,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     if args.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
+    source = Source(samples, args.batch, Times(tuple(args.times)))
     log = train(
-        pipe, samples, held_out, settings, args.out, accelerator,
-        lambda trainee: adamw(trainee, settings.rate), resume=args.resume, compile=args.compile,
+        pipe, [source], held_out, settings.after(time.monotonic() - began), args.out, accelerator,
+        lambda trainee: OPTIMIZERS[args.optimizer](trainee, settings.rate), resume=args.resume, compile=args.compile,
     )  # fmt: skip
     save_model(args.model, pipe.transformer, args.out / "model", accelerator, DTYPES[args.save_dtype])  # fmt: skip
     if accelerator.is_main_process:
@@ -126,12 +132,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", default="shapes", help="'shapes' or a folder of videos with a metadata.jsonl")
     add("--out", type=Path, default=Path("runs/train-wan"))
     add("--steps", type=int, help="length of the whole training; or:")
-    add("--minutes", type=float)
+    add("--minutes", type=float, help="the same, encoding included")
     add("--slice-steps", type=int, help="end this call after so many steps, to go on with --resume; or:")  # fmt: skip
     add("--slice-minutes", type=float)
     add("--resume", action="store_true", help="go on from OUT/state")
     add("--batch", type=int, default=1, help="of every process (default: 1)")
     add("--rate", type=float, default=5e-6, help="learning rate (default: 5e-6)")
+    add(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adamw",
+        help="muon is for weights that are not sharded",
+    )
     add("--warmup", type=int, default=200, help="steps (default: 200)")
     add("--steady", type=float, default=1.0,
         help="share of the length after which the rate falls (default: 1, never)")  # fmt: skip

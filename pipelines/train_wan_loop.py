@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +36,7 @@ class Settings:
     """How to train.
 
     steps, minutes: the whole length; one of them. The learning rate warms up for `warmup` steps, stays until
-    `steady` of the length, then falls linearly. batch: of every process. times: shares and shifts of the
-    logit-normal times, t = shift u / (1 + (shift - 1) u). drop: share of empty captions. ema: of the weights.
+    `steady` of the length, then falls linearly. drop: share of empty captions. ema: of the weights.
     align: weight of the alignment loss, if the trainee has one. sampling_steps: of the generation whose schedule
     decides which phase a time belongs to. slice_steps, slice_minutes: end this call there and save its state.
     """
@@ -45,12 +45,10 @@ class Settings:
     minutes: float | None = None
     slice_steps: int | None = None
     slice_minutes: float | None = None
-    batch: int = 1
     rate: float = 5e-6
     warmup: int = 200
     steady: float = 1.0
     clip: float = 1.0
-    times: tuple[tuple[float, float], ...] = ((1.0, 5.0),)
     drop: float = 0.1
     ema: float = 0.99
     align: float = 0.0
@@ -67,9 +65,27 @@ class Settings:
                 f"Give either steps or minutes, got steps={self.steps} and minutes={self.minutes}."
             )
 
+    def after(self, seconds: float) -> Settings:
+        """What is left of the times when `seconds` went by before the first step."""
+        whole, part = (_less(minutes, seconds) for minutes in (self.minutes, self.slice_minutes))
+        return replace(self, minutes=whole, slice_minutes=part)
+
     def done(self, step: int, seconds: float) -> float:
         """The share of the whole length."""
         return seconds / (60 * self.minutes) if self.minutes else step / (self.steps or 1)
+
+
+def _less(minutes: float | None, seconds: float) -> float | None:
+    return None if minutes is None else max(minutes - seconds / 60, 1e-3)
+
+
+class Source(NamedTuple):
+    """Samples of one size; `batch` of them, of every process, in a `share` of the steps, at these times."""
+
+    samples: Samples
+    batch: int = 1
+    times: Times = Times(((1.0, 5.0),))
+    share: float = 1.0
 
 
 class Trainee(nn.Module):
@@ -130,7 +146,7 @@ def flow_loss(
 
 def train(
     pipe: WanPipeline,
-    samples: Samples,
+    sources: Sequence[Source],
     held_out: Samples,
     settings: Settings,
     out: Path,
@@ -144,13 +160,17 @@ def train(
 ) -> Log:
     """Train `pipe.transformer` in place; it has the averaged weights at the end.
 
-    The recipe is that of `pipe.enable_visionfuse`, if it is enabled. samples, held_out: see `train_wan_data`.
+    The recipe is that of `pipe.enable_visionfuse`, if it is enabled. held_out: for the losses of right and wrong
+    captions.
     check: measures the averaged weights, on the main process, every `check_seconds`. The state is saved under
     `out/state` every `save_seconds` and at the end of a slice, and taken up with `resume`: the losses go on as
     if nothing had happened. `out` also gets log.json and loss.png.
     """
+    # cuDNN's fused attention hit an illegal address in the backward pass on an H200 (PyTorch 2.11).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     transformer = pipe.transformer.to(accelerator.device).train()
-    phases, times = Phases(pipe, settings.sampling_steps), Times(settings.times)
+    phases = Phases(pipe, settings.sampling_steps)
+    shares = torch.tensor([source.share for source in sources])
     if compile:
         compile_blocks(transformer)
     trainee = Trainee(transformer, alignment)
@@ -200,19 +220,21 @@ def train(
             for optimizer, own in zip(chosen, peaks, strict=True):
                 for group, peak in zip(optimizer.param_groups, own, strict=True):
                     group["lr"] = peak * rate
-            # All processes run the same phase, so that none waits for another.
+            # All processes run the same size and phase, so that none waits for another.
             generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + log.step)
-            part = phases.choose(times, generator)
+            source = sources[int(torch.multinomial(shares, 1, generator=generator))]
+            part = phases.choose(source.times, generator)
             phases.enter(part)
             seed = (settings.seed, log.step, accelerator.process_index)
             batch = draw_batch(
-                samples, settings.batch, seed, accelerator.device, drop=settings.drop
+                source.samples, source.batch, seed, accelerator.device, drop=settings.drop
             )
             generator.manual_seed((settings.seed * 1_000_003 + log.step) * 64 + seed[-1])
-            t = times.draw(settings.batch, generator, part.low, part.high).to(accelerator.device)
+            t = source.times.draw(source.batch, generator, part.low, part.high)
+            t = t.to(accelerator.device)
             loss, aligned = flow_loss(model, batch, t, accelerator)
             accelerator.backward(loss + settings.align * aligned)
-            accelerator.clip_grad_norm_(model.parameters(), settings.clip)
+            norm = cast(Tensor, accelerator.clip_grad_norm_(model.parameters(), settings.clip))
             for optimizer in chosen:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -228,6 +250,11 @@ def train(
             if log.step % settings.gap_steps == 0:
                 _gap(model, held_out, phases, settings, accelerator, log, bar)
             if log.step % SYNC_STEPS == 0 or settings.steps:
+                if not (loss + norm).isfinite():  # before it reaches a file
+                    raise FloatingPointError(
+                        f"Loss {loss.item()}, gradient {norm.item()} at step {log.step}. Go on from the last "
+                        "state with --resume and another --seed, or with a lower rate."
+                    )
                 elapsed = before + _agreed(time.time() - started, accelerator)
                 now = started + elapsed - before
                 if now - checked > settings.check_seconds:

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,24 +26,26 @@ from accelerate import Accelerator
 from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor, nn
 
-from visionfuse.pipelines.muon import Muon
+from visionfuse.pipelines.muon import muon_and_adamw
 from visionfuse.pipelines.train_wan import save_model
 from visionfuse.pipelines.train_wan_data import Samples, shapes, training_shapes
-from visionfuse.pipelines.train_wan_loop import Settings, Trainee, train
+from visionfuse.pipelines.train_wan_loop import Settings, Source, train
+from visionfuse.pipelines.train_wan_phases import Times
 from visionfuse.pipelines.wan_micro import build, save
 from visionfuse.pipelines.wan_micro_text import CAPTIONS, train_text
 from visionfuse.pipelines.wan_micro_vae import CLIPS, measure_latents, train_vae
 from visionfuse.shapes.captions import COLORS, SHAPES
 from visionfuse.shapes.fidelity import accuracy, breakdown
 from visionfuse.shapes.video import MOTIONS, held_out_clips
-from visionfuse.shapes.video_fidelity import judge_clip
+from visionfuse.shapes.video_fidelity import score_clips
 from visionfuse.shapes.video_render import FRAMES
 
 TEXT_STEPS = 1500
 # Shares and shifts of the times: what moves where is decided in noise, edges get sharp late.
 # By the side of the videos: a larger picture shows through more noise.
-TIMES = {128: ((0.7, 12.0), (0.3, 2.0)), 256: ((0.7, 20.0), (0.3, 3.2))}
-LR_MATRIX, LR_OTHER = 3e-3, 1.5e-3
+TIMES = {128: Times(((0.7, 12.0), (0.3, 2.0))), 256: Times(((0.7, 20.0), (0.3, 3.2)))}
+BATCH = {128: 96, 256: 14}
+RATE = 3e-3
 GUIDANCE, CHECK_STEPS = 3.0, 20
 
 
@@ -82,21 +84,6 @@ class Alignment(nn.Module):
         return torch.stack([(loss * weight).sum() for loss in losses]).sum()
 
 
-def optimizers(trainee: Trainee) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for everything else."""
-    matrices = [
-        p
-        for name, p in trainee.transformer.named_parameters()
-        if p.ndim == 2 and name.startswith("blocks.")
-    ]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in trainee.parameters() if id(p) not in chosen]
-    return [
-        Muon(matrices, lr=LR_MATRIX),
-        torch.optim.AdamW(others, lr=LR_OTHER, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-
-
 @torch.no_grad()
 def draw_videos(
     pipe: WanPipeline, captions: Sequence[str], *, side: int, steps: int, guidance: float, seed: int,
@@ -125,48 +112,56 @@ def check_captions(pipe: WanPipeline, *, side: int, count: int, seed: int) -> di
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         videos = draw_videos(pipe, [clip.text for clip in clips], side=side, steps=CHECK_STEPS,
                              guidance=GUIDANCE, seed=seed)  # fmt: skip
-    with ThreadPoolExecutor() as pool:
-        verdicts = list(pool.map(judge_clip, videos, clips))
+    verdicts = score_clips(videos, clips)
     new, seen = accuracy(verdicts[::2]), accuracy(verdicts[1::2])
     return {"right": accuracy(verdicts), "new": new, "seen": seen, **breakdown(verdicts)}
 
 
-def cached_shapes(
-    pipe: WanPipeline, args: argparse.Namespace, rank: int
-) -> tuple[Samples, Samples]:
-    """Training and held-out samples; a file keeps the first on a machine where calls follow each other."""
-    path = args.out / f"latents-{args.side}-{args.videos}-{rank}.pt"
+def source_of(
+    pipe: WanPipeline, args: argparse.Namespace, side: int, share: float, rank: int
+) -> Source:
+    """Videos of one size; a file keeps them on a machine where calls follow each other."""
+    videos = max(round(args.videos * (args.side[0] / side) ** 2), 1)
+    path = args.out / f"latents-{side}-{videos}-{rank}.pt"
     if path.exists():
         samples = Samples(**torch.load(path, map_location=pipe.vae.device, weights_only=True))
     else:
-        seed = args.seed * 1000 + rank
-        samples = training_shapes(pipe, args.videos, side=args.side, seed=seed)
+        samples = training_shapes(pipe, videos, side=side, seed=args.seed * 1000 + rank)
         torch.save(samples._asdict(), path)
-    held_out = held_out_clips(args.check_captions, seed=1)
-    return samples, shapes(pipe, held_out, side=args.side, seed=1)
+    batch = args.batch or BATCH.get(side, BATCH[128])
+    return Source(samples, batch, TIMES.get(side, TIMES[128]), share)
 
 
-def train_flow(pipe: WanPipeline, model: Path, args: argparse.Namespace, accelerator: Accelerator):
+def train_flow(
+    pipe: WanPipeline, model: Path, args: argparse.Namespace, accelerator: Accelerator, began: float
+) -> None:
     pipe.to(accelerator.device)
     pipe.vae.requires_grad_(False)
     pipe.text_encoder.requires_grad_(False)
-    # cuDNN's fused attention hit an illegal address in the backward pass on an H200 (PyTorch 2.11).
-    torch.backends.cuda.enable_cudnn_sdp(False)
     with accelerator.autocast():
-        samples, held_out = cached_shapes(pipe, args, accelerator.process_index)
+        sources = [
+            source_of(pipe, args, side, share, accelerator.process_index)
+            for side, share in zip(args.side, args.share or [1.0] * len(args.side), strict=True)
+        ]
+        held_out = held_out_clips(args.check_captions, seed=1)
+        held_out = shapes(pipe, held_out, side=args.side[0], seed=1)
+    accelerator.print(f"videos ready after {time.monotonic() - began:.0f} s", flush=True)
     settings = Settings(
         minutes=None if args.steps else args.minutes, steps=args.steps,
-        slice_minutes=args.slice_minutes, slice_steps=args.slice_steps, batch=args.batch, steady=0.5,
-        times=TIMES.get(args.side, TIMES[128]), ema=0.999, align=0.1, seed=args.seed, log_steps=args.log_steps,
+        slice_minutes=args.slice_minutes, slice_steps=args.slice_steps, steady=0.5, ema=0.999, align=0.1, seed=args.seed, log_steps=args.log_steps,
         gap_steps=args.gap_steps, check_seconds=args.check_seconds, save_seconds=args.save_seconds,
     )  # fmt: skip
 
     def check(pipe: WanPipeline) -> dict:
         save_model(model, pipe.transformer, model, accelerator, torch.float16)
-        return check_captions(pipe, side=args.side, count=args.check_captions, seed=args.seed)
+        found = {side: check_captions(pipe, side=side, count=args.check_captions, seed=args.seed)
+                 for side in args.side}  # fmt: skip
+        first, *others = args.side
+        return found[first] | {f"right at {side}": found[side]["right"] for side in others}
 
     log = train(
-        pipe, samples, held_out, settings, args.out, accelerator, optimizers,
+        pipe, sources, held_out, settings.after(time.monotonic() - began), args.out, accelerator,
+        lambda trainee: muon_and_adamw(trainee, RATE),
         alignment=Alignment(pipe.transformer) if settings.align else None, check=check,
         resume=args.resume, compile=args.compile,
     )  # fmt: skip
@@ -175,7 +170,7 @@ def train_flow(pipe: WanPipeline, model: Path, args: argparse.Namespace, acceler
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = _parser().parse_args(argv)
+    args, began = _parser().parse_args(argv), time.monotonic()
     accelerator = Accelerator(
         cpu=args.device == "cpu", mixed_precision="bf16" if args.device == "cuda" else "no"
     )
@@ -200,18 +195,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.resume is False:
             pipe.vae = new.vae
         error = train_vae(
-            pipe.vae, accelerator, minutes=args.minutes, batch=args.batch, steps=args.steps,
-            seed=args.seed, clips=64 if args.dry_run else CLIPS,
+            pipe.vae, accelerator, minutes=args.minutes, batch=args.batch or 48, steps=args.steps,
+            seed=args.seed, clips=64 if args.dry_run else CLIPS, decoder_only=args.decoder_only,
         )  # fmt: skip
         if accelerator.is_main_process:
             said = measure_latents(pipe.vae.to(accelerator.device), accelerator.device,
-                                   clips=args.check_captions, seed=args.seed)  # fmt: skip
+                                   clips=args.check_captions, seed=0, keep=args.decoder_only)  # fmt: skip
             print(said, json.dumps({"last weighted error": round(error, 4)}))
             save(pipe, model)
     else:
         if args.restart:
             pipe.transformer = new.transformer
-        train_flow(pipe, model, args, accelerator)
+        train_flow(pipe, model, args, accelerator, began)
     accelerator.end_training()
 
 
@@ -222,15 +217,37 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("stage", choices=("text", "vae", "flow"))
     add("--out", type=Path, default=Path("runs/wan-micro"), help="run folder")
-    add("--minutes", type=float, default=10.0, help="length of the whole stage; or:")
+    add(
+        "--minutes",
+        type=float,
+        default=10.0,
+        help="length of the whole stage, encoding included; or:",
+    )
     add("--steps", type=int)
-    add("--slice-minutes", type=float, help="end this call then, to go on with --resume; or:")
+    add(
+        "--slice-minutes",
+        type=float,
+        help="end this call after so long, to go on with --resume; or:",
+    )
     add("--slice-steps", type=int)
     add("--resume", action="store_true", help="continue the run in OUT")
+    add(
+        "--decoder-only",
+        action="store_true",
+        help="vae, with --resume: keep the latents as they are",
+    )
     add("--restart", action="store_true", help="flow: from random weights, not from those in OUT/model")  # fmt: skip
-    add("--side", type=int, default=128, help="pixels (default: 128)")
-    add("--batch", type=int, default=96, help="of every process (default: 96)")
-    add("--videos", type=int, default=49_152, help="encoded by every process (default: 49152)")
+    add(
+        "--side",
+        type=int,
+        nargs="+",
+        default=[128],
+        help="flow: pixels, one size or several (default: 128)",
+    )
+    add("--share", type=float, nargs="+", help="of the steps, for each size (default: equal)")
+    add("--batch", type=int, help=f"of every process (default: by size, {BATCH}; vae: 48)")
+    add("--videos", type=int, default=49_152,
+        help="encoded by every process at the first size, fewer at larger ones (default: 49152)")  # fmt: skip
     add("--check-captions", type=int, default=64)
     add("--check-seconds", type=float, default=120.0)
     add("--save-seconds", type=float, default=60.0)

@@ -12,21 +12,30 @@ from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
-from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
+from diffusers import (
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from diffusers.utils import export_to_video, is_ftfy_available, load_image
 from rich.console import Console
 
 from visionfuse.cli import parse_options, parse_shape, user_errors
 from visionfuse.info import default_device, default_dtype
 from visionfuse.kernels.plan import Dense, TokenLayout, plan_attention
+from visionfuse.pipelines.compare import psnr, timed
 from visionfuse.recipe import Recipe
 from visionfuse.recipes import build
 from visionfuse.reporting import report
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 CLASSES = {cls.__name__: cls for cls in (WanPipeline, WanImageToVideoPipeline)}
+FPS = 16  # of Wan's videos
 console = Console()
 
 
@@ -64,6 +73,11 @@ class Request:
         return {name: value for name, value in given.items() if value is not None}
 
 
+def films(model: str) -> bool:
+    """Whether `model`, a folder or a name on the Hugging Face Hub, is a pipeline for this file."""
+    return DiffusionPipeline.load_config(model).get("_class_name") in CLASSES
+
+
 def recipe_of(request: Request) -> Recipe:
     """Raises ValueError for what is no recipe or no option of it."""
     if request.recipe.endswith(".json"):
@@ -95,8 +109,9 @@ def expect(request: Request) -> tuple[Recipe, TokenLayout]:
     defaults = signature(cls.__call__).parameters
     sizes = [defaults[name].default if given is None else given for name, given in (
         ("num_frames", request.frames), ("height", request.height), ("width", request.width))]  # fmt: skip
-    patch = cls.load_config(request.model, subfolder="transformer").get("patch_size", (1, 2, 2))
-    vae = cls.load_config(request.model, subfolder="vae")
+    transformer = WanTransformer3DModel.load_config(request.model, subfolder="transformer")
+    patch = transformer.get("patch_size", (1, 2, 2))
+    vae = AutoencoderKLWan.load_config(request.model, subfolder="vae")
     time, side = vae.get("scale_factor_temporal") or 4, vae.get("scale_factor_spatial") or 8
     frames, height, width = sizes
     if frames % time != 1:
@@ -107,6 +122,12 @@ def expect(request: Request) -> tuple[Recipe, TokenLayout]:
                 f"{name}={pixels} is no multiple of {side * p}, the pixels of a token."
             )
     grid = ((frames - 1) // time + 1, height // (side * patch[1]), width // (side * patch[2]))
+    most = transformer.get("rope_max_seq_len", max(grid))
+    if max(grid) > most:
+        raise ValueError(
+            f"{frames} frames of {height}x{width} pixels are {grid} tokens, and the model has positions for "
+            f"{most} on an axis. Give --frames, --height and --width."
+        )
     return recipe, TokenLayout.joint(grids=[grid])
 
 
@@ -123,13 +144,46 @@ def load(request: Request, *, dtype: str | None, device: str | None, offload: bo
     return pipe.to(where)
 
 
-def generate(pipe: Any, request: Request) -> Any:
-    """The frames of one video, with the recipe: a float array [frames, height, width, 3] in 0..1."""
+def frames_of(pipe: Any, request: Request) -> np.ndarray:
+    """The frames of one video with the pipeline as it is: float [frames, height, width, 3] in 0..1."""
     more = {} if request.image is None else {"image": load_image(request.image)}
-    pipe.enable_visionfuse(recipe_of(request), impl=request.impl)
     # On the CPU, so that one seed gives one video on every device.
     generator = torch.Generator("cpu").manual_seed(request.seed)
     return pipe(prompt=request.prompt, generator=generator, **request.call, **more).frames[0]
+
+
+def generate(pipe: Any, request: Request) -> np.ndarray:
+    """The frames of one video, with the recipe."""
+    pipe.enable_visionfuse(recipe_of(request), impl=request.impl)
+    return frames_of(pipe, request)
+
+
+def film(
+    request: Request, output: Path, *, fps: int = FPS, dtype: str | None = None, device: str | None = None,
+    offload: bool = False, compare: bool = False, dry_run: bool = False,
+) -> None:  # fmt: skip
+    """Check a request, make its video and write it as an MP4. compare: the model alone on the left, from the same
+    noise. dry_run: only say what would run. Raises ValueError, or OSError where a model cannot be fetched."""
+    if output.suffix != ".mp4":
+        raise ValueError(f"The file of a video must end in .mp4, got {output}.")
+    recipe, layout = expect(request)
+    if dry_run:
+        _say(recipe, layout, request.steps)
+        return
+    pipe = load(request, dtype=dtype, device=device, offload=offload)
+    stock, alone = timed(lambda: frames_of(pipe, request)) if compare else (None, 0.0)
+    made, seconds = timed(lambda: generate(pipe, request))
+    shown = made if stock is None else np.concatenate([stock, made], axis=2)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    export_to_video(list(shown), str(output), fps=fps)
+    console.print(str(report(pipe)), markup=False, highlight=False, soft_wrap=True)
+    if stock is not None:
+        levels = [(video * 255).round().astype(np.uint8) for video in (stock, made)]
+        console.print(
+            f"Left: the model alone, {alone:.1f} s. Right: {request.recipe}, {seconds:.1f} s, PSNR "
+            f"{psnr(*levels):.1f} dB.", highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    console.print(f"Video: {output}", highlight=False, soft_wrap=True)
 
 
 def _say(recipe: Recipe, layout: TokenLayout, steps: int | None) -> None:
@@ -168,11 +222,14 @@ def wan(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     max_sequence_length: Annotated[int | None, typer.Option(help="Text tokens.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    fps: Annotated[int, typer.Option(help="Frames a second of the file.", min=1)] = 16,
+    fps: Annotated[int, typer.Option(help="Frames a second of the file.", min=1)] = FPS,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
     offload: Annotated[bool, typer.Option("--offload", help="Keep idle parts in CPU memory.")] = False,
     output: Annotated[Path, typer.Option(help="Where the MP4 goes.")] = Path("out.mp4"),
+    compare: Annotated[
+        bool, typer.Option("--compare", help="The model alone and accelerated, side by side.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and say what would run.")] = False,
     benchmark: Annotated[
         bool, typer.Option("--benchmark", help="Random weights: times, errors, memory.")
@@ -184,7 +241,7 @@ def wan(
     recipes: Annotated[
         str, typer.Option(help="With --benchmark: recipes with options, separated by commas.")
     ] = "fps, sage",
-    parts: Annotated[str, typer.Option(help="With --benchmark: attention, step.")] = "attention,step",
+    parts: Annotated[str, typer.Option(help="With --benchmark: attention, step, combined (with compile= and linear=).")] = "attention,step",
     layers: Annotated[
         int | None, typer.Option(help="With --benchmark: instead of the model's.", min=1)
     ] = None,
@@ -201,23 +258,13 @@ def wan(
             _benchmark(of, size, recipes, parts, frames, layers, repeats, dtype, device, csv,
                        base, commit, dry_run)  # fmt: skip
             return
-        if output.suffix != ".mp4":
-            raise ValueError(f"--output must name an .mp4 file, got {output}.")
         request = Request(
             model=model, prompt=prompt, image=image, negative=negative, recipe=recipe,
             options=parse_options(option or []), impl=impl, height=height, width=width, frames=frames,
             steps=steps, guidance=guidance, max_sequence_length=max_sequence_length, seed=seed,
         )  # fmt: skip
-        expected, layout = expect(request)
-        if dry_run:
-            _say(expected, layout, steps)
-            return
-        pipe = load(request, dtype=dtype, device=device, offload=offload)
-        made = generate(pipe, request)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        export_to_video(list(made), str(output), fps=fps)
-        console.print(str(report(pipe)), markup=False, highlight=False, soft_wrap=True)
-        console.print(f"Video: {output}", highlight=False, soft_wrap=True)
+        film(request, output, fps=fps, dtype=dtype, device=device, offload=offload, compare=compare,
+             dry_run=dry_run)  # fmt: skip
 
 
 def _benchmark(

@@ -36,14 +36,21 @@ from visionfuse.kernels.plan import (
     TokenLayout,
     plan_attention,
 )
-from visionfuse.pipelines.benchmark import Call, errors, random_weights, synchronize
+from visionfuse.pipelines.benchmark import (
+    Call,
+    compile_alone,
+    errors,
+    random_weights,
+    synchronize,
+)
 from visionfuse.profile.models import named
 from visionfuse.recipe import Recipe, Variant
 from visionfuse.schedule import STOCK, Schedule
 from visionfuse.session import choose
 
 SIZES = {"480p": (480, 832), "720p": (720, 1280)}
-PARTS = ("attention", "step")
+PARTS = ("attention", "step", "combined")
+COMBINED = {"compile": True, "linear": "fp8"}  # beside the recipe
 RUN = 50  # steps of the run whose mean is told
 STOCK_ATTENTION = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
@@ -59,7 +66,7 @@ class Task:
     frames: int = 81
     layers: int | None = None
     repeats: int = 1
-    parts: tuple[str, ...] = PARTS
+    parts: tuple[str, ...] = PARTS[:2]
     device: torch.device
     dtype: torch.dtype
 
@@ -114,11 +121,13 @@ def _alone(recipe: Recipe, way: Variant) -> Recipe:
 
 
 def measure(task: Task) -> Iterator[list[Row]]:
-    """The rows of attention alone, then those of a step."""
+    """The rows of attention alone, those of a step, and those of a step with compile= and linear= as well."""
     if "attention" in task.parts:
         yield attention_rows(task)
     if "step" in task.parts:
         yield step_rows(task)
+    if "combined" in task.parts:
+        yield step_rows(task, combined=True)
 
 
 # -- attention alone --------------------------------------------------------------------------------
@@ -240,35 +249,44 @@ def _times(sizes: tuple[int, ...]) -> str:
 # -- a step -----------------------------------------------------------------------------------------
 
 
-def step_rows(task: Task) -> list[Row]:
-    """One row a variant, then the mean of each recipe."""
+def step_rows(task: Task, *, combined: bool = False) -> list[Row]:
+    """One row a variant, then the mean of each recipe. combined: blocks compiled and linear layers in 8 bits."""
     pipe, call = random_weights(
         task.model, (*task.size, task.frames), layers=task.layers, device=task.device, dtype=task.dtype
     )  # fmt: skip
     case = f"{task.case}, a step"
     stock, ms = _timed_step(pipe, call, task)
     rows = [Row(suite="wan", case=case, impl="stock", recipe=STOCK, ms=ms, peak_gib=_peak_gib())]
+    more, words = (COMBINED, " + compile + fp8 linears") if combined else ({}, "")
+    if combined:
+        undo = compile_alone(pipe)
+        compiled_ms = _timed_step(pipe, call, task)[1]
+        undo()
+        rows.append(Row(suite="wan", case=case, impl="stock", recipe="stock + compile", ms=compiled_ms,
+                        baseline="stock", speedup=ms / compiled_ms, peak_gib=_peak_gib()))  # fmt: skip
     for recipe in task.recipes:
         parts, own = parts_of(recipe)
         mean = own * ms
         for part in parts:
-            pipe.enable_visionfuse(part.recipe)
+            pipe.enable_visionfuse(part.recipe, **more)
             try:
                 out, part_ms = _timed_step(pipe, call, task)
-                said = visionfuse.report(pipe).denoisers
+                report = visionfuse.report(pipe)
             finally:
                 pipe.disable_visionfuse()
             mean += part.share * part_ms
-            row = Row(suite="wan", case=case, impl="stock", recipe=part.name, ms=part_ms,
+            row = Row(suite="wan", case=case, impl="stock", recipe=part.name + words, ms=part_ms,
                       baseline="stock", speedup=ms / part_ms, peak_gib=_peak_gib())  # fmt: skip
             row.rel_l1, row.cosine = errors(out, stock)
-            if said:
+            changes = [what for _, what in report.changes]
+            if said := report.denoisers:
                 row.impl, row.density = said[0].impl or "stock", said[0].density
-                row.note = "; ".join(filter(None, [said[0].precision, *said[0].notes]))
+                changes = [said[0].precision, *said[0].notes, *changes]
+            row.note = "; ".join(filter(None, changes))
             rows.append(row)
         shares = ", ".join(f"{part.share:.0%} {part.name}" for part in parts)
         rows.append(
-            Row(suite="wan", case=case, impl="schedule", recipe=f"{recipe.name}, mean of {RUN} steps",
+            Row(suite="wan", case=case, impl="schedule", recipe=f"{recipe.name}{words}, mean of {RUN} steps",
                 ms=mean, baseline="stock", speedup=ms / mean,
                 note=shares + (f", {own:.0%} stock" if own else ""))
         )  # fmt: skip

@@ -25,7 +25,7 @@ SIDE, FRAMES = (
     64,
     (9, 17),
 )  # of a window, in turns: short ones are cheap, long ones show the late frames
-VIDEO_SIDES = (128, 256)  # pixels of the videos that windows are cut from
+VIDEO_SIDES = (128, 128, 128, 256)  # pixels of the videos that windows are cut from
 LR_CONVOLUTIONS, LR_OTHER, WARMUP_STEPS = 1e-2, 3e-3, 100
 NOISE = 0.1  # of the latents' standard deviation, so that decoding forgives what denoising leaves
 KL = 1e-4
@@ -72,16 +72,21 @@ def windows(clips: Clips, generator: torch.Generator, *, side: int, frames: int)
 
 def train_vae(
     vae: AutoencoderKLWan, accelerator: Accelerator, *, minutes: float, batch: int,
-    steps: int | None = None, seed: int = 0, clips: int = CLIPS,
+    steps: int | None = None, seed: int = 0, clips: int = CLIPS, decoder_only: bool = False,
 ) -> float:  # fmt: skip
     """L1 with heavier edges, a weak KL term, and noise on the latents. Returns the mean error.
 
-    Ends after `minutes`, or after `steps`. batch: short windows of every process; fewer long ones.
+    Ends after `minutes`, or after `steps`. batch: short windows of every process; fewer long ones. decoder_only:
+    what a transformer was trained on stays as it is.
     """
     device = accelerator.device
     packed = pack_clips(list(islice(training_clips(seed), clips))).to(device)
     generator = torch.Generator(device).manual_seed(seed * 1009 + accelerator.process_index)
     without_attention(vae)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # see train_wan_loop
+    if decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     model = Autoencoder(vae.train())
     trained = [p for p in model.parameters() if p.requires_grad]
     kernels = [p for p in trained if p.ndim >= 4 and p[0, 0].numel() > 1]
@@ -137,25 +142,28 @@ def _progress(
 
 
 @torch.no_grad()
-def measure_latents(vae: AutoencoderKLWan, device: torch.device, *, clips: int, seed: int) -> str:
-    """Write mean and standard deviation of the latents by channel into the configuration, and say how good
-    restored videos are: mean error, and captions that OpenCV reads off them."""
+def measure_latents(
+    vae: AutoencoderKLWan, device: torch.device, *, clips: int, seed: int, keep: bool = False
+) -> str:
+    """Write mean and standard deviation of the latents by channel into the configuration, unless to `keep` what is
+    there, and say how good restored videos are: mean error, and captions that OpenCV reads off them."""
     chosen = held_out_clips(clips, seed=seed)
     videos = render_clips(chosen, 128, seed=seed, device=device)
-    channels = vae.config.z_dim
-    vae.register_to_config(latents_mean=[0.0] * channels, latents_std=[1.0] * channels)
     parts = videos.split(25)
-    latents = torch.cat([encode(vae, part) for part in parts])
-    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
-    std = std.clamp(min=0.2 * std.mean().item())  # what hardly varies must not be blown up to noise
-    vae.register_to_config(
-        latents_mean=[round(x, 4) for x in mean.tolist()],
-        latents_std=[round(x, 4) for x in std.tolist()],
-    )
+    if not keep:
+        channels = vae.config.z_dim
+        vae.register_to_config(latents_mean=[0.0] * channels, latents_std=[1.0] * channels)
+        latents = torch.cat([encode(vae, part) for part in parts])
+        mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+        std = std.clamp(min=0.2 * std.mean().item())  # what hardly varies must not become noise
+        vae.register_to_config(
+            latents_mean=[round(x, 4) for x in mean.tolist()],
+            latents_std=[round(x, 4) for x in std.tolist()],
+        )
     restored = torch.cat([decode(vae, encode(vae, part)) for part in parts])
-    verdicts = score_clips(restored, chosen)
+    verdicts = score_clips(restored.cpu(), chosen)
     return (
-        f"vae: std by channel {[round(s, 2) for s in std.tolist()]}, mean error "
+        f"vae: std by channel {[round(s, 2) for s in vae.config.latents_std]}, mean error "
         f"{(restored - videos).abs().mean():.4f}, {accuracy(verdicts):.1%} of {clips} restored videos "
         f"fully right {breakdown(verdicts)['reasons']}"
     )

@@ -53,6 +53,9 @@ def test_every_option():
     assert [(s.variant, s.start, s.end) for s in spans] == [("stock", 0, 1), ("coarse", 1, 4), ("fine", 4, 7), ("medium", 7, 10)]  # fmt: skip
     assert recipe.schedule.layers(30) == (0, 29)
     assert recipes.build("fps", precision="fp8_tile").variants[2].precision == coarse.precision
+    by_head = recipes.build("fps", coarse=((1, 2, 2), (5, 1, 1)), tile=(1, 8, 8))
+    assert by_head.variants[0].plan == TileWindow(heads=((1, 2, 2), (5, 1, 1)), tile=(1, 8, 8))
+    assert Recipe.from_dict(by_head.to_dict()) == by_head
 
 
 @pytest.mark.parametrize(
@@ -80,6 +83,7 @@ def test_phases_end_where_they_are_told_to():
         ("fps", {"precision": ("fp8", "fp8")}, ValueError, "three phases"),
         ("fps", {"coarse": 1.5}, ValueError, "density must lie"),
         ("fps", {"coarse": (0, 1, 1)}, ValueError, "at least 1"),
+        ("fps", {"coarse": ((1, 1), (0, 1))}, ValueError, "at least 1"),
         ("fps", {"sparse": 0.1}, TypeError, "no option 'sparse'"),
         ("sta", {"window": 3, "density": 0.1}, ValueError, "needs one of window"),
         ("sta", {"dense_start": 0.1, "dense_steps": 3}, ValueError, "either dense_start"),

@@ -15,7 +15,7 @@ from diffusers.pipelines.wan import pipeline_wan_i2v
 from PIL import Image
 from typer.testing import CliRunner
 
-from visionfuse.pipelines import wan, wan_benchmark
+from visionfuse.pipelines import wan, wan_benchmark, wan_micro
 from visionfuse.recipes import build
 from visionfuse.testing_pipelines import single_thread, wan_pipeline
 
@@ -80,6 +80,20 @@ def test_a_video_is_the_frames_that_the_pipeline_makes(folder, tmp_path):
     assert np.abs(difference).mean() < 0.1  # H.264 is lossy
 
 
+def test_the_model_alone_beside_the_recipe(folder, tmp_path):
+    assert wan.films(folder)
+    out = tmp_path / "both.mp4"
+    code, said = run(folder, "a red cube", *SIZE, "--recipe", "auto", "--steps", 2, "--compare", "--output", out)  # fmt: skip
+    assert code == 0, said
+    assert "Left: the model alone" in said
+    reader = cv2.VideoCapture(str(out))
+    going, frame = reader.read()
+    assert going
+    assert frame.shape == (64, 192, 3)
+    left, right = np.split(frame.astype(np.float32), 2, axis=1)
+    assert np.abs(left - right).mean() < 3  # "auto" is exact; H.264 is lossy
+
+
 def test_a_dry_run_reads_no_weights(folder, monkeypatch):
     monkeypatch.setattr(wan.DiffusionPipeline, "from_pretrained", None)
     code, said = run(folder, *SIZE, "--recipe", "fps", "--steps", 10, "--dry-run")
@@ -89,17 +103,27 @@ def test_a_dry_run_reads_no_weights(folder, monkeypatch):
     assert "fp8_tile" in said
 
 
+def test_tokens_are_those_of_the_model(tmp_path):
+    """One of wan-micro's is 8x8 pixels of four frames."""
+    wan_micro.save(wan_micro.build(width=64, layers=1, vae_width=8), tmp_path)
+    _, layout = wan.expect(
+        wan.Request(model=str(tmp_path), prompt="", height=128, width=96, frames=17)
+    )
+    assert [segment.shape for segment in layout.segments] == [(5, 16, 12)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         (["--frames", "10"], "one more than a multiple of 4"),
         (["--height", "60"], "no multiple of 16"),
+        (["--frames", "129"], "positions for 32 on an axis"),
         (["--recipe", "fbs"], "Did you mean 'fps'"),
         (["-o", "alpha3=0.5"], "no option 'alpha3'"),
         (["-o", "alpha1=0.9", "-o", "alpha2=0.1"], "alpha1 <= alpha2"),
         (["--image", "street.png"], "takes no --image"),
         (["--output", "clip.gif"], ".mp4"),
-        (["--dtype", "float8"], "Unknown dtype"),
+        ([*SIZE, "--dtype", "float8"], "Unknown dtype"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(folder, arguments, reason, monkeypatch):

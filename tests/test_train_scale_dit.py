@@ -147,6 +147,11 @@ def test_training_resumes_where_it_stopped(tmp_path):
     assert (np.asarray(before.small[0]) != np.asarray(draw().small[0])).any()
 
 
+def test_checkpointing_changes_nothing(tmp_path):
+    plain, again = train(tmp_path / "plain"), train(tmp_path / "again", "--checkpointing")
+    assert again == pytest.approx(plain, rel=1e-5)
+
+
 @pytest.mark.slow
 def test_training_learns(tmp_path):
     losses = train(tmp_path, steps=60)

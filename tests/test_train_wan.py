@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import visionfuse
 from visionfuse.pipelines import eval_video, train_wan, wan_micro_vae
+from visionfuse.pipelines.muon import muon_and_adamw
 from visionfuse.pipelines.train_wan_data import (
     Samples,
     draw_batch,
@@ -25,8 +26,8 @@ from visionfuse.pipelines.train_wan_data import (
     shapes,
     training_shapes,
 )
-from visionfuse.pipelines.train_wan_loop import Settings, train
-from visionfuse.pipelines.train_wan_micro import Alignment, optimizers
+from visionfuse.pipelines.train_wan_loop import Settings, Source, train
+from visionfuse.pipelines.train_wan_micro import RATE, TIMES, Alignment
 from visionfuse.pipelines.train_wan_phases import Phases, Times
 from visionfuse.pipelines.variants import Variant
 from visionfuse.pipelines.wan_micro import build, decode, encode, save
@@ -37,7 +38,7 @@ from visionfuse.shapes.video_render import pack_clips, render_clips
 
 FPS = "fps coarse=0.2 fine=0.5 medium=0.3 tile=5x2x2 min_steps=0"
 SIDE = 32
-TINY = {"batch": 2, "warmup": 2, "sampling_steps": 20, "log_steps": 1, "gap_steps": 4}
+TINY = {"warmup": 2, "sampling_steps": 20, "log_steps": 1, "gap_steps": 4}
 
 
 def tiny() -> WanPipeline:
@@ -64,14 +65,18 @@ def model(tmp_path_factory) -> Path:
     return path
 
 
+def optimizers(trainee: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    return muon_and_adamw(trainee, RATE)
+
+
 def run(recipe: str, samples: Samples, out: Path, *, precision: str = "no", align: float = 0.1,
-        resume: bool = False, **settings):  # fmt: skip
+        resume: bool = False, batch: int = 2, **settings):  # fmt: skip
     out.mkdir(exist_ok=True)
     pipe = tiny()
     Variant.parse(recipe).enable(pipe)
     alignment = Alignment(pipe.transformer) if align else None
     log = train(
-        pipe, samples, samples, Settings(align=align, **TINY | settings), out,
+        pipe, [Source(samples, batch, TIMES[128])], samples, Settings(align=align, **TINY | settings), out,
         Accelerator(cpu=True, mixed_precision=precision), optimizers, alignment=alignment,
         resume=resume,
     )  # fmt: skip
@@ -125,6 +130,30 @@ def test_resuming_gives_the_same_losses(recipe, samples, tmp_path):
     assert all(torch.equal(p, theirs[n]) for n, p in whole.transformer.state_dict().items())
     assert json.loads((tmp_path / "cut" / "log.json").read_text())["loss"] == log.rows["loss"]
     assert (tmp_path / "cut" / "loss.png").stat().st_size > 1000
+
+
+def test_sizes_take_turns(samples, tmp_path):
+    small = training_shapes(tiny(), 4, side=16, seed=0)
+    sources = [Source(samples, batch=2, share=0.5), Source(small, batch=3, share=0.5)]
+    seen = []
+
+    def both(out: Path, **settings):
+        out.mkdir(exist_ok=True)
+        pipe = tiny()
+        pipe.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(tuple(kwargs["hidden_states"].shape)),
+            with_kwargs=True,
+        )
+        return train(pipe, sources, samples, Settings(**TINY | {"gap_steps": 100} | settings), out,
+                     Accelerator(cpu=True), optimizers, resume=True)  # fmt: skip
+
+    whole = both(tmp_path / "whole", steps=6).rows["loss"]
+    channels = samples.latents.shape[1]
+    assert set(seen) == {(2, channels, 5, 4, 4), (3, channels, 5, 2, 2)}
+    first, seen = seen, []
+    both(tmp_path / "cut", steps=6, slice_steps=2)
+    assert both(tmp_path / "cut", steps=6).rows["loss"] == whole
+    assert seen == first
 
 
 def test_the_forward_follows_the_recipe(samples, tmp_path):
@@ -202,6 +231,10 @@ def test_vae_training_lowers_the_error_and_measures_its_latents(monkeypatch):
     before = wan_micro_vae.train_vae(vae, accelerator, steps=1, **settings)
     after = wan_micro_vae.train_vae(vae, accelerator, steps=25, **settings)
     assert after < 0.8 * before
+    kept = {name: p.clone() for name, p in vae.state_dict().items()}
+    wan_micro_vae.train_vae(vae, accelerator, steps=2, decoder_only=True, **settings)
+    changed = {n.split(".")[0] for n, p in vae.state_dict().items() if not torch.equal(p, kept[n])}
+    assert changed == {"decoder", "post_quant_conv"}
     said = wan_micro_vae.measure_latents(vae, torch.device("cpu"), clips=2, seed=0)
     assert "restored videos" in said
     videos = render_clips(held_out_clips(2, seed=0), 128)
@@ -287,7 +320,7 @@ def test_captions_come_to_matter(tmp_path):
     axes = (0, 2, 3, 4)
     latents = (latents - latents.mean(axes, keepdim=True)) / latents.std(axes, keepdim=True)
     _, log = run("stock", found._replace(latents=latents.bfloat16()), tmp_path / "fit", steps=400,
-                 batch=16, warmup=20, steady=0.5, times=((0.7, 12.0), (0.3, 2.0)), ema=0.9, drop=0.0,
+                 batch=16, warmup=20, steady=0.5, ema=0.9, drop=0.0,
                  gap_steps=400)  # fmt: skip
     for _, time, right, wrong in log.rows["gap"]:
         assert wrong > 1.08 * right, time

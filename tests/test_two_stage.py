@@ -49,6 +49,15 @@ def test_two_stages_and_the_pictures_on_the_way():
     assert visionfuse.report(pipe).recipe is None
 
 
+def test_progress_bars_of_both_stages(capfd):
+    pipe = flux_pipeline()
+    pipe.set_progress_bar_config(disable=False)
+    draw(pipe)
+    said = capfd.readouterr().err
+    assert "24x16: 100%" in said
+    assert "96x64: 100%" in said
+
+
 def test_a_seed_gives_one_image():
     pipe = quiet_pipe()
     first, again, other = (np.asarray(draw(pipe, seed=s).images[0]) for s in (0, 0, 1))
@@ -91,6 +100,15 @@ def test_batches():
     result = two_stages(quiet_pipe(), ["words", "more words"], height=64, width=64, stages=FEW,
                         generator=generators, max_sequence_length=16)  # fmt: skip
     assert len(result.images) == len(result.small) == 2
+
+
+def test_offloaded_models():
+    """Each is fetched when it is called, the VAE too, which is called outside of a pipeline: the same image."""
+    pipe = quiet_pipe()
+    plain = draw(pipe).images[0]
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert (np.asarray(draw(pipe).images[0]) == np.asarray(plain)).all()
+    assert hasattr(pipe.transformer, "_hf_hook")
 
 
 def test_odd_sizes_and_ratios():

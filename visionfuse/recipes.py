@@ -176,7 +176,7 @@ def sta(
     )
 
 
-FpsWindow = float | int | tuple[int | None, ...] | None
+FpsWindow = float | int | tuple[int | tuple[int | None, ...] | None, ...] | None
 
 
 @named("fps")
@@ -197,7 +197,7 @@ def fps(
     models that were trained for it.
 
     coarse, fine, medium: what a query sees in each phase: tiles per axis, or a share of the grid as a number below 1;
-        None is every pair. tile: tokens per axis, see `TileWindow`.
+        None is every pair, and a window for every head its own. tile: tokens per axis, see `TileWindow`.
     alpha1, alpha2: shares of the run at which the coarse and the fine phase end; equal ones leave the fine phase out.
     precision: one for all phases, or one for each; by default FP8 with scales by tile, query, and 16 queries.
     dense_start: share of the run, from its first step, with the model's own attention; part of the coarse phase.
@@ -243,7 +243,9 @@ def _tile_window(window: FpsWindow, tile: int | tuple[int, ...] | None) -> Dense
         return Dense()
     if isinstance(window, float):
         return TileWindow(density=window, tile=tile)
-    return TileWindow(window=window, tile=tile)
+    if isinstance(window, tuple) and isinstance(window[0], tuple):
+        return TileWindow(heads=window, tile=tile)  # pyright: ignore[reportArgumentType]
+    return TileWindow(window=window, tile=tile)  # pyright: ignore[reportArgumentType]
 
 
 def _dense_first(

@@ -118,7 +118,7 @@ def replace(changes: ExitStack, owner: Any, name: str, value: Any) -> None:
 
 
 class _Stream:
-    """The guidance of one model, while it is guided. present: tokens of it in the sequence of this forward."""
+    """The guidance of one model, while it is guided. present: tokens of it in the sequence of the last forward."""
 
     def __init__(self, model: Any, guidance: Guidance):
         self.guidance, self.parameters = guidance, signature(model.forward)
@@ -145,18 +145,19 @@ class _Stream:
             image = given["hidden_states"]
             self.set_order(given["encoder_hidden_states"].shape[1], image)
             given["img_ids"] = self.ids
+            # Stays until the next forward: gradient checkpointing computes blocks once more after this one.
+            self.present = 0 if self.replays else self.latents.shape[1]
             if self.replays:
                 given["img_ids"] = self.ids[: image.shape[1]]
             else:
                 latents = self.latents.expand(image.shape[0], -1, -1)
                 given["hidden_states"] = torch.cat([image, latents], 1)
-                self.present = latents.shape[1]
             self.layer = 0
             ACTIVE.keys = self.keys if self.guidance.cached else None
             try:
                 out = forward(**given)
             finally:
-                self.present, ACTIVE.keys = 0, None
+                ACTIVE.keys = None
 
             def of_image(sample: Tensor) -> Tensor:
                 sample = sample[:, : image.shape[1]]

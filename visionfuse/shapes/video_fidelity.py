@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
@@ -61,13 +62,15 @@ class Sight(NamedTuple):
 
 
 def score_clips(
-    videos: Sequence[Sequence[object] | torch.Tensor] | torch.Tensor, captions: Sequence[str | Clip]
+    videos: Sequence[Sequence[object] | torch.Tensor] | torch.Tensor | np.ndarray,
+    captions: Sequence[str | Clip],
 ) -> list[Verdict]:
     """Judge each video against its caption.
 
     Args:
         videos: sequences of frames: PIL images, uint8 arrays `[H, W, 3]`, or float tensors `[3, H, W]` in
-            0..1; RGB, square, 128 pixels or more a side. A list of them, or a tensor `[N, F, 3, H, W]`.
+            0..1; RGB, square, 128 pixels or more a side. A list of them, a uint8 array `[N, F, H, W, 3]`, or
+            a tensor `[N, F, 3, H, W]`.
         captions: texts of the caption language of videos, or clips.
 
     Raises:
@@ -76,7 +79,8 @@ def score_clips(
     if len(videos) != len(captions):
         raise ValueError(f"{len(videos)} videos but {len(captions)} captions; pass one for each")
     clips = [parse_clip(c) if isinstance(c, str) else c for c in captions]
-    return [judge_clip(video, clip) for video, clip in zip(videos, clips, strict=True)]
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(judge_clip, videos, clips))
 
 
 def judge_clip(video: Sequence[object] | torch.Tensor, clip: Clip) -> Verdict:
