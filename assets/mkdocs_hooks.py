@@ -1,4 +1,7 @@
-"""Pages link to pictures, results and other files of the repository as they lie on disk; the site has copies of them."""
+"""Pages link to pictures, results and other files of the repository as they lie on disk; the site has copies of them.
+
+Tables are written from the results as they are when the site is built.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from visionfuse.bench.readme import fill_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 # Folders of assets/ that pages link to, and what is copied of them.
@@ -25,6 +30,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links that leave the pages lead to the copies; where there is none the words stay. Marks of our tools go."""
+    markdown = fill_tables(markdown, ROOT / "assets" / "bench")
     return LINK.sub(lambda match: _link(*match.groups()), COMMENT.sub("", markdown))
 
 

@@ -24,6 +24,7 @@ FONTS = ("system-ui", "sans-serif")
 MONO = ("ui-monospace", "monospace")
 CSS = """
 .vf-status { font-size: 1.05rem; line-height: 1.5; margin: 0.25rem 0; }
+#image-status, #video-status { scroll-margin-top: 9rem; } /* the buttons above stay in view */
 .vf-figures { width: 100%; border-collapse: collapse; }
 .vf-figures, .vf-figures * { border: 0 !important; }
 .vf-figures td { white-space: nowrap; }

@@ -13,7 +13,7 @@ def demo(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Folders, or names on the Hugging Face Hub: FLUX, Wan, or what timm saved. Default: the shipped ones."
+            help="Folders, or names on the Hugging Face Hub: text-to-image, Wan, or what timm saved. Default: the shipped ones."
         ),
     ] = None,
     host: Annotated[
@@ -30,7 +30,7 @@ def demo(
         bool, typer.Option("--dry-run", help="Check the models, and say what would be served.")
     ] = False,
 ) -> None:
-    """Open the app: pictures, classification and an explorer, stock and accelerated side by side."""
+    """Open the app: pictures, videos, classification and an explorer, stock and accelerated side by side."""
     from visionfuse.cli import console, user_errors
 
     with user_errors():

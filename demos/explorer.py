@@ -38,18 +38,22 @@ def explorer_tab(app: gr.Blocks, settings: Settings) -> None:
                 [OWN_CHOICE, *(p.name for p in PRESETS)], value=OWN_CHOICE, label="Start from a preset",
                 info="Windows of the GNA paper, and some that are fast by prediction.",
             )  # fmt: skip
-            grid = gr.Textbox(GRID, label="Grid of tokens", max_length=32, elem_id="explorer-grid",
-                              info="Rows x columns, or frames x rows x columns. A FLUX token is 16x16 pixels.")  # fmt: skip
-            window = gr.Textbox(WINDOW, label="Window", max_length=32, elem_id="explorer-window",
-                                info="Keys that a token sees on each axis; - is the whole axis.")  # fmt: skip
-            stride = gr.Textbox(
-                STRIDE, label="Stride", max_length=32, info="Tokens that share a window."
-            )
-            dilation = gr.Textbox("1", label="Dilation", max_length=32, info="Steps between keys.")
-            order = gr.Dropdown(list(ORDERS), value="auto", label="Order",
-                                info="How tokens lie in memory. auto: tiles of the least work.")  # fmt: skip
-            text = gr.Number(TEXT, label="Text tokens", precision=0, minimum=0, maximum=4096,
-                             info="They see everything and are seen by everything.")  # fmt: skip
+            with gr.Row():
+                grid = gr.Textbox(GRID, label="Grid of tokens", max_length=32, elem_id="explorer-grid", min_width=130,
+                                  info="Rows x columns, or frames first. A FLUX token is 16x16 pixels.")  # fmt: skip
+                text = gr.Number(TEXT, label="Text tokens", precision=0, minimum=0, maximum=4096, min_width=130,
+                                 info="They see everything and are seen by everything.")  # fmt: skip
+            with gr.Row():
+                window = gr.Textbox(WINDOW, label="Window", max_length=32, elem_id="explorer-window", min_width=130,
+                                    info="Keys that a token sees on each axis; - is all of it.")  # fmt: skip
+                stride = gr.Textbox(STRIDE, label="Stride", max_length=32, info="Tokens that share a window.",
+                                    min_width=130)  # fmt: skip
+            with gr.Row():
+                dilation = gr.Textbox(
+                    "1", label="Dilation", max_length=32, info="Steps between keys.", min_width=130
+                )
+                order = gr.Dropdown(list(ORDERS), value="auto", label="Order", min_width=130,
+                                    info="How tokens lie in memory. auto: the least work.")  # fmt: skip
             with gr.Row():
                 token = [
                     gr.Number(value, label=f"Token: {name}", precision=0, minimum=0, min_width=80)

@@ -73,6 +73,11 @@ def change(difference: Difference, what: str) -> str:
     )
 
 
+def look_at(elem_id: str) -> str:
+    """JavaScript that brings it into view: on a phone, results are below the form."""
+    return f"() => document.getElementById('{elem_id}').scrollIntoView({{block: 'start'}})"
+
+
 def picture(alt_text: str, *, elem_id: str) -> gr.Image:
     """A picture without Gradio's label, which would hide a corner of it; a heading above says what it is."""
     return gr.Image(

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
+from diffusers import FluxPipeline
 from PIL import Image
 
+from visionfuse.kernels.plan import Local
 from visionfuse.pipelines import flux
 from visionfuse.pipelines.compare import AMPLIFY, amplified_difference
 from visionfuse.shapes import held_out_scenes, parse, score
+from visionfuse.sites import denoisers
 
 from . import figures
 from .form import recipe_form
@@ -39,10 +42,11 @@ def image_tab(settings: Settings, jobs: Jobs, load: Loaded) -> None:
             another = gr.Button("Another caption", size="sm")
             model = gr.Dropdown(labels, value=labels[0], label="Model", visible=len(labels) > 1)
             with gr.Row():
-                side = gr.Slider(
-                    LEAST_SIDE, settings.max_side, SIDE, step=128, label="Size in pixels"
+                side = gr.Slider(LEAST_SIDE, settings.max_side, SIDE, step=128, label="Size in pixels",
+                                 min_width=240)  # fmt: skip
+                steps = gr.Slider(
+                    1, settings.max_steps, STEPS, step=1, label="Steps", min_width=240
                 )
-                steps = gr.Slider(1, settings.max_steps, STEPS, step=1, label="Steps")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
             recipe = recipe_form(settings, "image")
             with gr.Row():
@@ -68,14 +72,21 @@ def image_tab(settings: Settings, jobs: Jobs, load: Loaded) -> None:
     ):
         with user_errors(), jobs.job(request.session_hash) as check:
             asked = asked_for(settings, prompt, side, steps, seed)
+            mine = parsed(recipe, at_most=settings.max_recipe)
             wanted = flux.Request(
-                model=settings.path("image", label), recipe=parsed(recipe, at_most=settings.max_recipe),
-                max_sequence_length=TEXT.get(label), **asked,
+                model=settings.path("image", label), recipe=mine, max_sequence_length=TEXT.get(label), **asked,
             )  # fmt: skip
-            flux.expect(wanted)
             progress(0, desc="reading the model")
             pipe = load(wanted.model)
-            with before_forwards(pipe.transformer, _counted(check, progress, int(steps))):
+            if isinstance(pipe, FluxPipeline):
+                flux.expect(wanted)
+            elif isinstance(mine.plan, Local):
+                raise ValueError(
+                    "Only FLUX makes pictures in two stages here; choose another recipe."
+                )
+            with before_forwards(
+                next(denoisers(pipe)).model, _counted(check, progress, int(steps))
+            ):
                 return _shown(flux.compare(pipe, wanted))
 
     def stopped(request: gr.Request) -> str:
@@ -88,6 +99,13 @@ def image_tab(settings: Settings, jobs: Jobs, load: Loaded) -> None:
         [run.click, prompt.submit], compare, [model, prompt, side, steps, seed, recipe], outputs,
         api_name="image_compare", concurrency_id=MODEL, concurrency_limit=1, show_progress_on=[slider],
     )  # fmt: skip
+    gr.on(
+        [run.click, prompt.submit],
+        None,
+        js=figures.look_at("image-status"),
+        api_visibility="private",
+        queue=False,
+    )
     stop.click(stopped, None, said, cancels=[started], queue=False, api_name="image_cancel")
     another.click(_caption, None, prompt, api_visibility="private", show_progress="hidden")
     show.input(lambda name: gr.update(slider_position=SHOW[name]), show, slider,

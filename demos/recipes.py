@@ -15,6 +15,16 @@ LEAST_TILE = 16  # tokens
 FORMATS = ("model", "fp8", "int8_fp8", "int8", "int4_fp8")
 AUTO = "auto"  # the stride that follows the grid
 STRIDES = (AUTO, "1", "2", "4", "8", "16")
+# What the shipped recipes do, for who never read a paper; others say it in the first sentence of their docstring.
+PLAIN = {
+    "auto": "Exact: every token meets every other, by the fastest kernel here. The picture stays as it is.",
+    "dense": "Exact: every token meets every other. With fewer bits as the number format, what rounding alone costs.",
+    "gna": "A token meets only the tokens around it, and the text. Less work, and details may change.",
+    "sta": "A tile of tokens meets only the tiles around it. Meant for videos.",
+    "fps": "Windows of tiles and 8 bits together, in three phases. Meant for videos and models trained for it.",
+    "scale_dit": "A picture in two stages: small, then large around it, where a token meets those around it.",
+    "sage": "Every token meets every other, in 8 bits. Hardly a difference.",
+}
 # The controls of the form and what they begin with; a recipe shows those that it has.
 CONTROLS: dict[str, Any] = {
     "density": 0.4, "stride": AUTO, "dense_start": 0.32, "precision": "model", "qk": "int8",
@@ -82,6 +92,6 @@ def names() -> list[str]:
 
 
 def about(name: str) -> str:
-    """The first sentence of its docstring, on one line."""
+    """What it does, on one line."""
     text = " ".join((RECIPES[name].__doc__ or "").split())
-    return text.split(". ")[0].rstrip(".") + "."
+    return PLAIN.get(name) or text.split(". ")[0].rstrip(".") + "."

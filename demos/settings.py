@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Kind = Literal["image", "video", "classifier"]
-PIPELINES: dict[str, Kind] = {"FluxPipeline": "image", "WanPipeline": "video"}
+PIPELINES: dict[str, Kind] = {"FluxPipeline": "image", "WanPipeline": "video"}  # and see _draws
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 SHIPPED = ("flux-micro", "wan-micro", "kat-micro")
 
@@ -68,10 +68,23 @@ def kind_of(model: str) -> Kind:
         return PIPELINES[name]
     if "architecture" in config:  # as timm saves its models
         return "classifier"
+    if name and _draws(config):
+        return "image"
     raise ValueError(
-        f"{model} is {f'a {name}' if name else 'no model that this app knows'}. It shows {', '.join(PIPELINES)} and "
-        "models that timm saved."
+        f"{model} is {f'a {name}' if name else 'no model that this app knows'}. It shows text-to-image pipelines of "
+        f"diffusers that visionfuse knows, {', '.join(PIPELINES)} among them, and models that timm saved."
     )
+
+
+def _draws(config: dict[str, Any]) -> bool:
+    """Whether a pipeline makes pictures of text, by a denoiser that has a site."""
+    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+
+    from visionfuse.sites import SITES
+
+    parts = [part[-1] for part in config.values() if isinstance(part, list)]
+    known = {cls.__name__ for cls in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()}
+    return config["_class_name"] in known and any(part in SITES for part in parts)
 
 
 def _config(model: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
-import torch
 from diffusers.utils import export_to_video
 from gradio.utils import get_upload_folder
 from PIL import Image
@@ -45,11 +44,14 @@ def video_tab(settings: Settings, jobs: Jobs, load: Loaded) -> None:
             another = gr.Button("Another caption", size="sm")
             model = gr.Dropdown(labels, value=labels[0], label="Model", visible=len(labels) > 1)
             with gr.Row():
-                side = gr.Slider(
-                    LEAST_SIDE, settings.max_side, SIDE, step=32, label="Size in pixels"
+                side = gr.Slider(LEAST_SIDE, settings.max_side, SIDE, step=32, label="Size in pixels",
+                                 min_width=240)  # fmt: skip
+                frames = gr.Slider(
+                    1, settings.max_frames, FRAMES, step=4, label="Frames", min_width=240
                 )
-                frames = gr.Slider(1, settings.max_frames, FRAMES, step=4, label="Frames")
-                steps = gr.Slider(1, settings.max_steps, STEPS, step=1, label="Steps")
+                steps = gr.Slider(
+                    1, settings.max_steps, STEPS, step=1, label="Steps", min_width=240
+                )
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
             recipe = recipe_form(settings, "video")
             with gr.Row():
@@ -113,6 +115,10 @@ def video_tab(settings: Settings, jobs: Jobs, load: Loaded) -> None:
         concurrency_limit=1, show_progress_on=films,
     )  # fmt: skip
     another.click(_caption, None, prompt, api_visibility="private", show_progress="hidden")
+    gr.on(
+        [run.click, prompt.submit], None, js=figures.look_at("video-status"), api_visibility="private",
+        queue=False,
+    )  # fmt: skip
     stop.click(stopped, None, said, cancels=[started], queue=False, api_name="video_cancel")
 
 
@@ -128,10 +134,7 @@ def _both(
         progress((step, steps), desc=f"{phase}, step {step + 1} of {steps}", unit="steps")
 
     with before_forwards(pipe.transformer, count):
-        generator = torch.Generator("cpu").manual_seed(request.seed)
-        stock = timed(
-            lambda: pipe(prompt=request.prompt, generator=generator, **request.call).frames[0]
-        )
+        stock = timed(lambda: wan.frames_of(pipe, request))
         phase = "visionfuse"
         try:
             fused = timed(lambda: wan.generate(pipe, request))

@@ -265,8 +265,35 @@ def test_generate_says_what_is_wrong(model, arguments, words):
 def test_generate_says_what_is_wrong_with_a_model(tmp_path):
     assert "model_index.json" in refused("generate", tmp_path)
     assert "no folder" in refused("generate", "./not/there")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "AudioLDMPipeline"}')
+    assert "AudioLDMPipeline" in refused("generate", tmp_path)
+
+
+def test_a_model_of_videos_makes_one(model, tmp_path):
     wan_pipeline().save_pretrained(tmp_path / "wan")
-    assert "WanPipeline" in refused("generate", tmp_path / "wan")
+    small = ("--height", 64, "--width", 64, "--frames", 5, "--max-sequence-length", 16)
+    asked = (
+        "generate",
+        tmp_path / "wan",
+        "a red cube",
+        *small,
+        "--dense-start",
+        0,
+        "--density",
+        0.5,
+    )
+    out = tmp_path / "clip.mp4"
+    assert "2x4x4 = 32" in run(*asked, "--out", out, "--dry-run").stdout
+    assert not out.exists()
+    said = run(*asked, "--out", out, "--steps", 2, "--compare")
+    assert said.exit_code == 0, said.output
+    assert "follow the plan" in said.stdout
+    assert "PSNR" in said.stdout
+    assert b"ftyp" in out.read_bytes()[:16]
+    assert ".mp4" in refused(*asked, "--out", tmp_path / "clip.png")
+    assert "--frames is for videos" in refused(
+        "generate", model, "a red cube", *SMALL, "--frames", 5
+    )
 
 
 def test_script_form_takes_the_same_options(model):

@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -21,7 +24,9 @@ CHROMIUM = next(
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="there is no Chromium: apt-get install chromium"
 )
+SHIPPED = Settings.of().models
 WAIT = 120_000  # ms, for a busy machine
+expect.set_options(timeout=WAIT)
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 
 # What a screen reader has no name for, among all that can be used.
@@ -65,7 +70,7 @@ def visit(chromium, address):
         page.on("request", lambda r: outside.append(r.url) if _is_outside(r.url, address) else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(address)
-        expect(page.locator("#image-run")).to_be_visible(timeout=WAIT)
+        expect(page.locator("#image-run")).to_be_visible()
         return page
 
     yield opened
@@ -95,7 +100,7 @@ def bring(page, file) -> None:
 
 def generated(page) -> str:
     """What the page says once both pictures are there."""
-    expect(page.locator("#image-status")).to_contain_text("visionfuse took", timeout=WAIT)
+    expect(page.locator("#image-status")).to_contain_text("visionfuse took")
     return page.locator("#image-status").inner_text()
 
 
@@ -157,11 +162,27 @@ def test_a_broken_recipe_is_told_and_forgotten(visit, tmp_path):
     assert "1 of 1 steps" in generated(page)
 
 
+def test_a_recipe_is_taken_home(visit):
+    """Copied and downloaded, it is the one that runs."""
+    page = visit(permissions=["clipboard-read", "clipboard-write"])
+    page.get_by_text("Recipe as JSON").click()
+    code = page.locator("#image-recipe")
+    expect(code).to_contain_text('"density": 0.4')
+    code.get_by_label("Copy").click()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    with page.expect_download() as download:
+        code.get_by_label("Download").click()
+    downloaded = json.loads(Path(download.value.path()).read_text())
+    assert (
+        downloaded == json.loads(copied) == json.loads(recipes.written("gna", **recipes.CONTROLS))
+    )
+
+
 def test_cancel(visit):
     page = visit()
     small(page, side=384, steps=30)
     page.locator("#image-run").click()
-    expect(page.locator("#image-slider")).to_contain_text("of 30", timeout=WAIT)  # progress
+    expect(page.locator("#image-slider")).to_contain_text("of 30")  # progress
     page.locator("#image-cancel").click()
     expect(page.locator("#image-status")).to_contain_text("Cancelled")
     small(page, steps=1)
@@ -216,12 +237,36 @@ def test_classify(visit):
     expect(page.locator("#classify-curve-text")).to_contain_text("began as silu")
 
 
+def test_a_phone_sees_the_result_that_it_asked_for(visit):
+    page = visit(**PHONE)
+    small(page, steps=1)
+    page.locator("#image-run").tap()
+    generated(page)
+    expect(page.locator("#image-status")).to_be_in_viewport(ratio=1)
+    expect(page.locator("#image-run")).to_be_in_viewport()
+
+
+@pytest.mark.skipif("video" not in SHIPPED, reason="assets/wan-micro is not here")
+def test_video(visit):
+    page = visit()
+    page.get_by_role("tab", name="Video").click()
+    for label, value in (("Size in pixels", 64), ("Frames", 5), ("Steps", 2)):
+        box = page.get_by_label(f"number input for {label}").locator("visible=true")
+        box.fill(str(value))
+        box.press("Tab")
+    page.locator("#video-run").click()
+    expect(page.locator("#video-status")).to_contain_text("visionfuse took")
+    for name in ("stock", "fused"):
+        expect(page.locator(f"#video-{name} video")).to_be_visible()
+    expect(page.locator("#video-figures")).to_contain_text("5 frames of 64x64")
+
+
 @pytest.mark.parametrize("options", [{}, PHONE], ids=["desk", "phone"])
 def test_everything_is_in_reach_and_has_a_name(visit, options):
     page = visit(**options)
     assert page.evaluate("document.documentElement.lang")
     assert "visionfuse" in page.title()
-    for tab in ("Picture", "Classification", "Explorer"):
+    for tab in page.get_by_role("tab").all_inner_texts():
         page.get_by_role("tab", name=tab).click()
         if tab == "Explorer":
             expect(page.locator("#explorer-token img")).to_be_visible()
@@ -230,3 +275,15 @@ def test_everything_is_in_reach_and_has_a_name(visit, options):
         assert page.evaluate(NAMELESS) == []
     live = page.locator("[role=status][aria-live=polite]")
     assert live.count() >= 3
+
+
+@pytest.mark.slow
+def test_pictures_of_the_app_are_taken(tmp_path):
+    """`make pictures`, for README: every tab, and a phone."""
+    script = Path(__file__).with_name("pictures.py")
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, "--side", "128"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("picture", "classification", "explorer", "phone"):
+        assert Image.open(tmp_path / f"app_{name}.png").width in (390, 1240)

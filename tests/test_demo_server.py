@@ -334,41 +334,90 @@ def _listening(pid: int) -> set[str]:
     return found
 
 
+# -- other models -------------------------------------------------------------------------------------
+
+
+def pixart():
+    from diffusers import AutoencoderKL, PixArtSigmaPipeline
+
+    from visionfuse.testing_families import pixart
+    from visionfuse.testing_pipelines import flux_components
+
+    text, pipe = flux_components(), pixart().pipe
+    vae = AutoencoderKL(
+        block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4, latent_channels=4,
+    )  # fmt: skip
+    pipe.transformer.register_to_config(sample_size=32)  # its sizes are those near 256x256
+    return PixArtSigmaPipeline(
+        tokenizer=text["tokenizer_2"], text_encoder=text["text_encoder_2"], vae=vae.eval(),
+        transformer=pipe.transformer, scheduler=pipe.scheduler,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """A server with models that do not ship with the repository, and its settings."""
+    from visionfuse.testing_pipelines import wan_pipeline
+
+    folder = tmp_path_factory.mktemp("others")
+    for name, pipe in (("pixart", pixart()), ("wan", wan_pipeline())):
+        pipe.save_pretrained(folder / name)
+    settings = Settings.of([str(folder / "pixart"), str(folder / "wan")], max_frames=9, queue=1)
+    app = build(settings)
+    yield launch(app, settings, prevent_thread_lock=True)
+    app.close(verbose=False)
+
+
+def visitor(address, folder):
+    return gradio_client.Client(
+        address, download_files=folder, verbose=False, analytics_enabled=False
+    )
+
+
+def test_any_model_that_draws(others, tmp_path):
+    client = visitor(others, tmp_path)
+    pictures, _, said, _, report = compare(client, label="pixart")
+    stock, fused = (Image.open(path) for path in pictures)
+    assert stock.size == fused.size == (128, 128)
+    assert stock.tobytes() != fused.tobytes()
+    assert "In 3 of 3 steps" in said
+    assert "2 of 2 layers follow the plan" in report
+    with pytest.raises(gradio_client.exceptions.AppError, match="Only FLUX"):
+        compare(client, recipes.written("scale_dit"), label="pixart")
+
+
+def test_a_full_queue_says_so(others, tmp_path):
+    """One runs, one waits, and nobody else is kept waiting without an end."""
+    asked = ["pixart", PROMPT, 128, 30, 0, RECIPE]
+    jobs = [visitor(others, tmp_path).submit(*asked, api_name="/image_compare") for _ in range(6)]
+    said = []
+    for job in jobs:
+        try:
+            said.append(job.result(timeout=120)[2])
+        except gradio_client.utils.QueueError as error:
+            said.append(str(error))
+    assert 1 <= sum("visionfuse took" in each for each in said) <= 3
+    assert sum("Queue is full" in each for each in said) >= 3, said
+
+
 # -- video --------------------------------------------------------------------------------------------
 
 
-def test_video_tab_is_there_for_a_wan_model(tmp_path):
-    from visionfuse.testing_pipelines import wan_pipeline
-
-    wan_pipeline().save_pretrained(tmp_path / "tiny")
-    settings = Settings.of([str(tmp_path / "tiny")], max_frames=9)
-    app = build(settings)
-    address = launch(app, settings, prevent_thread_lock=True)
-    try:
-        client = gradio_client.Client(
-            address, download_files=tmp_path, verbose=False, analytics_enabled=False
-        )
-        values = [
-            "tiny",
-            "a red cube",
-            64,
-            9,
-            3,
-            0,
-            recipes.written("gna", density=0.4, dense_start=0),
-        ]
-        stock, fused, pictures, _, said, figures, report = client.predict(
-            *values, api_name="/video_compare"
-        )
-        for film in (stock, fused):
-            path = film["video"] if isinstance(film, dict) else film
-            assert b"ftyp" in Path(path).read_bytes()[:16]
-        assert Image.open(pictures[0]).size == (64, 64)
-        assert "In 3 of 3 steps" in said
-        assert "9 frames of 64x64" in figures
-        assert "follow the plan" in report
-        values[3] = 400
-        with pytest.raises(gradio_client.exceptions.AppError):
-            client.predict(*values, api_name="/video_compare")
-    finally:
-        app.close(verbose=False)
+def test_video_tab_is_there_for_a_wan_model(others, tmp_path):
+    client = visitor(others, tmp_path)
+    recipe = recipes.written("gna", density=0.4, dense_start=0)
+    values = ["wan", "a red cube", 64, 9, 3, 0, recipe]
+    stock, fused, pictures, _, said, figures, report = client.predict(
+        *values, api_name="/video_compare"
+    )
+    for film in (stock, fused):
+        path = film["video"] if isinstance(film, dict) else film
+        assert b"ftyp" in Path(path).read_bytes()[:16]
+    assert Image.open(pictures[0]).size == (64, 64)
+    assert "In 3 of 3 steps" in said
+    assert "9 frames of 64x64" in figures
+    assert "follow the plan" in report
+    values[3] = 400
+    with pytest.raises(gradio_client.exceptions.AppError):
+        client.predict(*values, api_name="/video_compare")

@@ -90,6 +90,9 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
         self.asked.append(f"{self.command} {self.path}")
         parts = self.path.split("?")[0].strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            self.answer_about("/".join(parts[2:4]), parts[4:5])
+            return
         repo = self.repos.get("/".join(parts[:2]))
         if repo is None or parts[2:3] != ["resolve"]:
             self.answer(404, b"", X_Error_Code="RepoNotFound")
@@ -100,6 +103,20 @@ class Hub(BaseHTTPRequestHandler):
             return
         etag = f'"{hashlib.sha1(content).hexdigest()}"'
         self.answer(200, content, X_Repo_Commit=repo["sha"], ETag=etag)
+
+    def answer_about(self, name: str, what: list[str]) -> None:
+        repo = self.repos.get(name)
+        if repo is None:
+            self.answer(404, b"", X_Error_Code="RepoNotFound")
+        elif what == ["tree"]:
+            entry = {"type": "file", "oid": "0" * 40}
+            self.answer_json(
+                [entry | {"path": p, "size": len(c)} for p, c in repo["files"].items()]
+            )
+        else:
+            files = [{"rfilename": path} for path in repo["files"]]
+            self.answer_json({"id": name, "modelId": name, "sha": repo["sha"], "siblings": files,
+                              "private": repo["private"], "tags": [], "downloads": 0})  # fmt: skip
 
     do_HEAD = do_GET
 
@@ -184,6 +201,35 @@ assert Recipe.from_pretrained("someone/with-card") == recipe
     text = Hub.repos["someone/with-card"]["files"]["README.md"].decode()
     for words in ("# shared", "ä test", "half", "Recipe.from_pretrained", "42 dB"):
         assert words in text
+
+
+@pytest.mark.slow
+def test_the_app_takes_models_of_the_hub(hub, tmp_path):
+    """By name: what kind they are is read at start, and what is loaded are safetensors alone."""
+    for name in ("flux-micro", "kat-micro"):
+        folder = ROOT / "assets" / name
+        files = {
+            p.relative_to(folder).as_posix(): p.read_bytes()
+            for p in folder.rglob("*")
+            if p.is_file()
+        }
+        Hub.repos[f"someone/{name}"] = {"sha": "1" * 40, "files": files, "private": False}
+    Hub.repos["someone/flux-micro"]["files"]["transformer/pytorch_model.bin"] = b"never read"
+    code = """
+from visionfuse.demos import Settings
+from visionfuse.demos.classify import read_classifier
+from visionfuse.demos.jobs import read_pipeline
+
+settings = Settings.of(["someone/flux-micro", "someone/kat-micro"])
+assert settings.models == {
+    "image": {"flux-micro": "someone/flux-micro"}, "classifier": {"kat-micro": "someone/kat-micro"}}
+pipe = read_pipeline(settings.path("image", "flux-micro"))
+pipe.enable_visionfuse("gna", density=0.5)
+print(type(pipe).__name__, type(read_classifier(settings.path("classifier", "kat-micro"))).__name__)
+"""
+    pytest.importorskip("gradio", reason="the app needs Gradio: pip install visionfuse[demo]")
+    assert talk(hub, tmp_path / "home", code).split()[0] == "FluxPipeline"
+    assert not any("pytorch_model.bin" in line for line in Hub.asked)
 
 
 @pytest.mark.parametrize(

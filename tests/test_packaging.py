@@ -1,14 +1,20 @@
 """The package is the same from a wheel, an sdist, an editable install and the bare tree."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
-import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pytest brings it there
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -134,14 +140,17 @@ def test_hugging_face_kernels_is_never_hidden(tmp_path):
     assert said == "the real one"
 
 
-# A finder that has not heard of these, as on a machine where they are not installed.
+# Finders that have not heard of these, as on a machine where they are not installed.
 WITHOUT = """
 import sys
-class Missing:
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {missing}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Missing())
+        return None if name.split(".")[0] in {missing} else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = map(Without, sys.meta_path)
 """
 BARE = {
     "triton",
@@ -173,6 +182,9 @@ from visionfuse.cli import app
 for words in (["info"], ["plan", "--grid", "8x8", "--window", "4"], ["--help"]):
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, (words, result.output, result.exception)
+for words, missing in ((["demo"], "visionfuse[demo]"), (["generate"], "diffusers"), (["profile", "flux.1-dev"], "diffusers")):
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and missing in result.output, (words, result.output, result.exception)
 print("done")
 """
 
@@ -183,43 +195,73 @@ def test_it_works_with_torch_alone(tmp_path):
     assert _run("-c", code, cwd=ROOT, CUDA_VISIBLE_DEVICES="").endswith("done")
 
 
+def _pythons() -> dict[str, str]:
+    """The interpreters of this machine among those that pyproject.toml names: version -> executable."""
+    named = re.findall(r"Python :: (3\.\d+)", "\n".join(CONFIG["project"]["classifiers"]))
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    found = {}
+    for version in named:
+        places = [shutil.which(f"python{version}"), *pyenv.glob(f"{version}.*/bin/python")]
+        works = (
+            str(p)
+            for p in places
+            if p and not subprocess.run([p, "-V"], capture_output=True).returncode
+        )
+        if executable := next(works, None):
+            found[version] = executable
+    return found
+
+
+def _environment(python: str, wheel: Path, home: Path) -> Path:
+    """A virtual environment with the wheel and nothing else: its interpreter."""
+    subprocess.run([python, "-m", "venv", "--without-pip", home], check=True)
+    made = home / "bin" / "python"
+    _run("-m", "pip", "--python", made, "install", "--quiet", "--no-deps", "--no-index", wheel,
+         cwd=home)  # fmt: skip
+    return made
+
+
+def _outside(*command, cwd: Path) -> str:
+    """What a command says to whom nothing of this environment is known."""
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, capture_output=True, text=True, env={"PATH": "", "HOME": str(cwd)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", _pythons())
+def test_every_python_takes_the_wheel(wheel, tmp_path, version):
+    """pip accepts it there, it compiles in whole, and `import visionfuse` needs nothing else."""
+    python = _environment(_pythons()[version], wheel, tmp_path / "env")
+    said = _outside(python, "-c", "import sys, visionfuse; print(visionfuse.__version__, visionfuse.__file__)",
+                    cwd=tmp_path)  # fmt: skip
+    assert said.startswith(CONFIG["project"]["version"])
+    assert str(tmp_path) in said
+    (package,) = (tmp_path / "env").glob("lib/python*/site-packages/visionfuse")
+    _outside(
+        python, "-W", "error::SyntaxWarning", "-m", "compileall", "-q", "-f", package, cwd=tmp_path
+    )
+
+
 @pytest.mark.slow
 def test_a_clean_environment(copy, tmp_path):
     """From the sources to an sdist, to a wheel, into a virtual environment, to the command: outside of the tree."""
-    _run(
-        "-c",
-        f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})",
-        cwd=copy,
-    )
+    _run("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})",
+         cwd=copy)  # fmt: skip
     (sdist,) = tmp_path.glob("*.tar.gz")
-    _run(
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        tmp_path,
-        sdist,
-        cwd=tmp_path,
-    )
+    _run("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, sdist,
+         cwd=tmp_path)  # fmt: skip
     (wheel,) = tmp_path.glob("*.whl")
     home = tmp_path / "env"
-    _run("-m", "venv", "--without-pip", home, cwd=tmp_path)
-    _run("-m", "pip", "--python", home / "bin" / "python", "install", "--quiet", "--no-deps", "--no-index", wheel,
-         cwd=tmp_path)  # fmt: skip
+    python = _environment(sys.executable, wheel, home)
     (site,) = home.glob("lib/python*/site-packages")
     # torch and the like are the ones of this environment, less visionfuse itself: its editable install is a hook.
     (site / "torch.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
-    done = subprocess.run(
-        [home / "bin" / "visionfuse", "plan", "--grid", "16x16", "--window", "8"], cwd=tmp_path, capture_output=True,
-        text=True, env={"PATH": "", "HOME": str(tmp_path)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "density" in done.stdout
-    where = subprocess.run(
-        [home / "bin" / "python", "-c", "import visionfuse.demos, visionfuse.kernels.plan as p; print(p.__file__)"],
-        cwd=tmp_path, capture_output=True, text=True, env={"PATH": "", "HOME": str(tmp_path)},
-    )  # fmt: skip
-    assert Path(where.stdout.strip()).is_relative_to(home), where.stderr
+    said = _outside(
+        home / "bin" / "visionfuse", "plan", "--grid", "16x16", "--window", "8", cwd=tmp_path
+    )
+    assert "density" in said
+    code = "import visionfuse.demos, visionfuse.kernels.plan as p; print(p.__file__)"
+    assert Path(_outside(python, "-c", code, cwd=tmp_path)).is_relative_to(home)

@@ -146,6 +146,9 @@ def generate(
     impl: Annotated[str, typer.Option(help="Attention implementation.")] = "auto",
     height: Annotated[int | None, typer.Option(help="Pixels.", min=16)] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", min=16)] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Of a video: one more than a multiple of 4.", min=1)
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
@@ -155,31 +158,46 @@ def generate(
     offload: Annotated[
         bool, typer.Option("--offload", help="Keep idle parts in CPU memory.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("out.png"),
+    out: Annotated[
+        Path | None, typer.Option(help="Where it goes; default: out.png, of a video out.mp4.")
+    ] = None,
     compare: Annotated[
         bool,
         typer.Option("--compare", help="Stock and accelerated, side by side; figures in JSON."),
     ] = False,
-    repeats: Annotated[int, typer.Option(help="With --compare: median of so many.", min=1)] = 1,
+    repeats: Annotated[
+        int, typer.Option(help="With --compare, of a picture: median of so many.", min=1)
+    ] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check, and say what would run; read no weights.")
     ] = False,
 ) -> None:
-    """Generate an image with FLUX, accelerated, or compare it with the stock pipeline."""
+    """Generate an image with FLUX or a video with Wan, accelerated, or compare it with the stock pipeline."""
     with user_errors():
         options = parse_options(
             option or [], window=window, stride=stride, density=density, dense_start=dense_start,
             precision=precision,
         )  # fmt: skip
+        model = model or _shipped_model()
+        given: dict[str, Any] = {
+            "model": model, "prompt": prompt, "recipe": recipe, "options": options, "impl": impl, "seed": seed,
+            "height": height, "width": width, "steps": steps, "guidance": guidance,
+            "max_sequence_length": max_sequence_length,
+        }  # fmt: skip
+        if _films(model):
+            from visionfuse.pipelines import wan
+
+            wan.film(wan.Request(frames=frames, **given), out or Path("out.mp4"), dtype=dtype,
+                     device=device, offload=offload, compare=compare, dry_run=dry_run)  # fmt: skip
+            return
+        if frames is not None:
+            raise ValueError(f"--frames is for videos; {model} makes pictures.")
+        out = out or Path("out.png")
         _check_out(out)
         from visionfuse.pipelines import flux
         from visionfuse.reporting import report
 
-        request = flux.Request(
-            model=model or _shipped_model(), prompt=prompt, recipe=recipe, options=options, impl=impl,
-            height=height, width=width, steps=steps, guidance=guidance, seed=seed,
-            max_sequence_length=max_sequence_length, dtype=dtype, device=device, offload=offload,
-        )  # fmt: skip
+        request = flux.Request(dtype=dtype, device=device, offload=offload, **given)
         expected = flux.expect(request)
         if dry_run:
             _print_expected(expected, impl)
@@ -195,6 +213,16 @@ def generate(
         flux.generate(pipe, request).save(out)
         console.print(escape(str(report(pipe))), soft_wrap=True, highlight=False)
         console.print(f"Picture: {out}", soft_wrap=True, highlight=False)
+
+
+def _films(model: str) -> bool:
+    """Whether it makes videos. What is no pipeline at all is told by the path of pictures."""
+    here = Path(model)
+    if here.exists() and not (here / "model_index.json").is_file():
+        return False
+    from visionfuse.pipelines import flux, wan
+
+    return (here.exists() or flux.HUB_NAME.fullmatch(model) is not None) and wan.films(model)
 
 
 def _check_out(out: Path) -> None:

@@ -59,7 +59,10 @@ def tables(facts: dict[str, Any]) -> Iterator[Any]:
         table.add_row(name, installed or "[dim]not installed[/]")
     yield table
     device = facts["device"]
-    details = [device["name"], f"{device['threads']} threads on {device['cores']} cores"]
+    details = [
+        device["name"],
+        f"{_count(device['threads'], 'thread')} on {_count(device['cores'], 'core')}",
+    ]
     if "capability" in device:
         details[1:] = [f"sm_{device['capability'].replace('.', '')}", f"{device['memory_gib']} GiB"]
     yield f"\nDevice: {', '.join(details)}; default dtype {facts['dtype']}\n"
@@ -92,7 +95,13 @@ def default_dtype(device: torch.device) -> torch.dtype:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return "Apple GPU" if device.type == "mps" else f"CPU, {torch.get_num_threads()} threads"
+    return (
+        "Apple GPU" if device.type == "mps" else f"CPU, {_count(torch.get_num_threads(), 'thread')}"
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _device_facts(device: torch.device) -> dict[str, Any]:
