@@ -1,6 +1,6 @@
 # Everything here sets up .venv by itself and needs only Python (3.10 or newer), pip, git and make.
 #
-#   make demo       one prompt and seed, stock and accelerated, side by side: demo.png, and a video, demo.mp4
+#   make demo       one prompt and seed, stock and accelerated, side by side in demo.png; a video under FPSAttention in demo.mp4
 #   make demo-app   the app: pictures, video, classification and an explorer in a browser
 #   make test       lint, types and the fast tests
 #   make test-all   the sweeps too; the log is kept in assets/bench/test-all.log
@@ -31,10 +31,8 @@ SCENE := a green triangle moves left while a red circle stays still on a white b
 demo: $(VENV)/installed
 	$(BIN)/visionfuse generate assets/flux-micro "$(PROMPT)" --recipe gna --height 512 --width 512 --steps 20 \
 	  --max-sequence-length 64 --dtype float32 --device cpu --compare --repeats $(REPEATS) --out demo.png
-ifneq ($(wildcard assets/wan-micro),)
-	$(BIN)/visionfuse generate assets/wan-micro "$(SCENE)" --recipe assets/wan-micro/recipes/fps.json --height 128 --width 128 \
-	  --frames 17 --steps 20 --guidance 3 --dtype float32 --device cpu --compare --out demo.mp4
-endif
+	$(BIN)/visionfuse generate assets/wan-micro-fps "$(SCENE)" --recipe assets/wan-micro/recipes/fps.json --height 128 --width 128 \
+	  --frames 17 --steps 12 --guidance 3 --dtype float32 --device cpu --out demo.mp4
 
 demo-app: $(VENV)/installed-demo
 	$(BIN)/visionfuse demo

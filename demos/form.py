@@ -13,13 +13,14 @@ from .recipes import CONTROLS, DEFAULT, FORMATS, STRIDES, about, names, uploaded
 from .settings import Settings
 
 
-def recipe_form(settings: Settings, tab: str) -> gr.Code:
-    """Draws the form and returns the component that holds the JSON. tab: makes names of the API unique."""
-    name = gr.Dropdown(names(), value=DEFAULT, label="Recipe", info=about(DEFAULT))
-    controls = _controls()
+def recipe_form(settings: Settings, tab: str, first: str = DEFAULT) -> gr.Code:
+    """Draws the form and returns the component that holds the JSON. tab: makes names of the API unique. first: the
+    recipe that it begins with."""
+    name = gr.Dropdown(names(), value=first, label="Recipe", info=about(first))
+    controls = _controls(first)
     with gr.Accordion("Recipe as JSON: copy, edit, upload, download", open=False):
         text = gr.Code(
-            written(DEFAULT, **CONTROLS), language="json", label="Recipe (JSON). This is what runs.",
+            written(first, **CONTROLS), language="json", label="Recipe (JSON). This is what runs.",
             interactive=True, max_lines=18, buttons=["copy", "download"], elem_id=f"{tab}-recipe",
         )  # fmt: skip
         upload = gr.UploadButton(
@@ -47,9 +48,9 @@ def recipe_form(settings: Settings, tab: str) -> gr.Code:
     return text
 
 
-def _controls() -> list[Any]:
-    """One for every name of CONTROLS, in that order."""
-    known = options_of(DEFAULT)
+def _controls(recipe: str) -> list[Any]:
+    """One for every name of CONTROLS, in that order; those that `recipe` has are visible."""
+    known = options_of(recipe)
     density = gr.Slider(
         0.05, 1, CONTROLS["density"], step=0.05, label="Density", visible="density" in known,
         info="Share of the picture that a token looks at. Less is faster and less exact.",

@@ -31,6 +31,7 @@ from visionfuse.pipelines.train_wan_data import FRAMES, Samples, folder, shapes,
 from visionfuse.pipelines.train_wan_loop import Settings, Source, Trainee, train
 from visionfuse.pipelines.train_wan_phases import Times
 from visionfuse.pipelines.variants import Variant
+from visionfuse.pipelines.wan_micro import forget_origin
 from visionfuse.shapes.video import held_out_clips
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -48,6 +49,7 @@ def save_model(
     target = out / "transformer"
     shutil.rmtree(target, ignore_errors=True)
     transformer.save_config(target)
+    forget_origin(target / "config.json")
     save_torch_state_dict(
         {name: value.to(dtype) for name, value in state.items()},
         target,

@@ -141,7 +141,12 @@ def save(pipe: WanPipeline, folder: Path) -> None:
         for name, part in pipe.components.items()
     }
     WanPipeline(**components).save_pretrained(folder)
-    for path in folder.glob("*/config.json"):  # the folder it came from tells nobody anything
-        config = json.loads(path.read_text())
-        config.pop("_name_or_path", None)
-        path.write_text(json.dumps(config, indent=2) + "\n")
+    for path in folder.glob("*/config.json"):
+        forget_origin(path)
+
+
+def forget_origin(path: Path) -> None:
+    """Take the folder that a component was read from out of its config.json: it tells nobody anything."""
+    config = json.loads(path.read_text())
+    config.pop("_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")

@@ -32,6 +32,8 @@ def picture(page: Any, side: int) -> None:
 
 def video(page: Any, side: int) -> None:
     page.get_by_role("tab", name="Video").click()
+    for label, value in (("Frames", 9), ("Steps", 8)):  # a minute on a CPU
+        _set(page, label, value)
     page.locator("#video-run").click()
     expect(page.locator("#video-status")).to_contain_text("visionfuse took")
     expect(page.locator("#video-fused video")).to_be_visible()
@@ -59,7 +61,7 @@ TABS = {picture: "image", video: "video", classification: "classifier", explorer
 
 
 def _set(page: Any, label: str, value: int) -> None:
-    box = page.get_by_label(f"number input for {label}")
+    box = page.get_by_label(f"number input for {label}").locator("visible=true")
     box.fill(str(value))
     box.press("Tab")
 

@@ -73,14 +73,13 @@ def test_make_demo(clone):
         for line in said.replace("\\\n", " ").splitlines()
         if "visionfuse generate" in line
     ]
-    assert len(commands) == 1 + (clone / "assets" / "wan-micro").is_dir()
     for words in commands:
         more = [*SMALL, "--repeats", "1"] if "demo.png" in words else SMALL_VIDEO
         said = visionfuse(*words, *more, clone=clone)
-        assert "speed-up" in said or "PSNR" in said
+        assert ("speed-up" if "demo.png" in words else "Video: demo.mp4") in said
     assert Image.open(clone / "demo.png").width > 1000
     assert json.loads((clone / "demo.json").read_text())["recipe"] == "gna"
-    assert (clone / "demo.mp4").is_file() == (len(commands) == 2)
+    assert (clone / "demo.mp4").is_file()
 
 
 def save_a_recipe(clone) -> str:

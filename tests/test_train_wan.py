@@ -290,6 +290,7 @@ def test_commands_train_and_measure(model, tmp_path, capsys):
         for path in (model, tmp_path / "model")
     )
     assert stock.keys() == tuned.keys()
+    assert not any("_name_or_path" in path.read_text() for path in tmp_path.rglob("config.json"))
     assert any(not torch.equal(stock[name], tuned[name]) for name in stock)
     eval_video.main([
         str(model), "--tuned", str(tmp_path / "model"), "--variants", FPS, "--captions", "2",
