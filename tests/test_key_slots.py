@@ -218,6 +218,15 @@ def assert_same(got, want, precision):
     torch.testing.assert_close(got[1], want[1], atol=0.15 if coarse else 0.02, rtol=0)
 
 
+@pytest.mark.parametrize("kernel", ["channels16"], indirect=True)
+def test_the_largest_float16_survives_a_kernel_that_writes_bfloat16(kernel):
+    plan = tiled()
+    q, k, v = torch.randn(3, 1, plan.length_q, 2, 32).half()
+    v[:] = 65504.0
+    out = block_sparse_attention(q, k, v, plan, impl=kernel, precision="int8_fp8")
+    assert out.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("kernel", "precision", "dtype"),
     [

@@ -2,7 +2,7 @@
 
 Emulated and in Triton's interpreter one by one, and through the kernels of a GPU many at once. As a script, the
 latter: `python tests/test_sage_fuzz.py`. Kernels, which cannot look at the numbers without waiting for the GPU,
-promise it up to 2^60; past it sums of keys and products of scales leave fp32. A result may be NaN where PyTorch's
+promise it for scores up to 2^30 and values up to 2^60. A result may be NaN where PyTorch's
 own attention, computed in fp32, is."""
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class Case:
 
 
 KERNEL_MOST = 2.0**60
+# Of queries and keys on a GPU: a score of 2^30 less the rounded largest one, in one instruction, is no longer near 0.
+SCORED_MOST = 2.0**13
 
 
 def numbers(kind: str, shape, dtype, g, most: float) -> torch.Tensor:
@@ -259,11 +261,10 @@ def make(family: Family, seed: int, device: str, batch: int = BATCH, heads: int 
     picks = [torch.randint(len(KINDS), s[:2], generator=g, device=device).tolist()
              for s in (shape_q, shape_k, shape_k)]  # fmt: skip
     made = []
-    for shape, own in zip((shape_q, shape_k, shape_k), picks, strict=True):
+    limits = (SCORED_MOST, SCORED_MOST, KERNEL_MOST)
+    for shape, own, most in zip((shape_q, shape_k, shape_k), picks, limits, strict=True):
         cases = [
-            numbers(KINDS[kind], shape[2:], family.dtype, g, KERNEL_MOST)
-            for row in own
-            for kind in row
+            numbers(KINDS[kind], shape[2:], family.dtype, g, most) for row in own for kind in row
         ]
         made.append(torch.stack(cases).view(shape))
     kinds = [

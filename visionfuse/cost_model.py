@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from .kernels.plan.block_plan import BlockPlan, IntervalMask
-from .kernels.plan.tiles import LEAST_PASSED, BlockShape
+from .kernels.plan.block_plan import BlockPlan
+from .kernels.plan.tiles import BlockShape
 
 # What is fitted besides the pairs themselves. A padded implementation costs whole blocks, so that copies
 # and entries are in their price; the other one pays for what a run holds.
@@ -33,14 +33,9 @@ def tile_features(plan: BlockPlan, shape: BlockShape) -> dict[str, torch.Tensor]
     once = torch.ones_like(n_full)
     if shape.padded:
         block = plan.block_q * plan.block_k
-        n_masked = n_partial
-        if shape.group and isinstance(plan.mask, IntervalMask) and partial.start.numel():
-            seen, masked = _seen_by_groups(plan, plan.mask, shape.group)
-            n_partial = total(partial.rows, seen)
-            n_masked = n_partial if masked else torch.zeros_like(n_partial)
         return {
             "pairs": block * (n_full + n_partial),
-            "partial": block * n_masked,
+            "partial": block * n_partial,
             "ragged": block * total(full.rows, full.count < plan.block_k),
             "tile": once,
         }
@@ -53,30 +48,6 @@ def tile_features(plan: BlockPlan, shape: BlockShape) -> dict[str, torch.Tensor]
         "entry": n_full + n_partial,
         "tile": once,
     }
-
-
-def _seen_by_groups(plan: BlockPlan, mask: IntervalMask, group: int) -> tuple[torch.Tensor, bool]:
-    """Of every partial entry the share of groups of queries that multiply it, float64 [n], and whether with a mask: as
-    the Hopper kernel decides it. From boxes, like the plan itself: [n, axes] of keys, [tiles, groups] of queries."""
-    partial, last = plan.partial, plan.q_count - 1
-    runs, run = torch.unique(
-        torch.stack([partial.start, partial.count], 1), dim=0, return_inverse=True
-    )
-    column = torch.arange(plan.block_k, device=plan.device).minimum(runs[:, 1:] - 1)
-    keys = mask.coord[:, runs[:, :1] + column]  # [A, runs, block_k]
-    first, final = (x[:, run].T[:, None] for x in (keys.amin(2), keys.amax(2)))  # [n, 1, A]
-    groups = -(-plan.block_q // group)
-    row = torch.arange(groups * group, device=plan.device).minimum(last[:, None])
-    row = (plan.q_start[:, None] + row).unflatten(1, (groups, group))  # [tiles, groups, group]
-    at = mask.table.long(), slice(None), partial.rows % plan.tiles
-    lo, hi = ([f(x[..., row], -1)[at].transpose(1, 2) for f in (torch.amin, torch.amax)]
-              for x in (mask.lo, mask.hi))  # fmt: skip
-    empty = ((lo[0] > final) | (hi[1] <= first)).any(2)  # [n, groups]
-    whole = ((lo[1] <= first) & (hi[0] > final)).all(2) & (partial.count == plan.block_k)[:, None]
-    masked = bool((~empty & ~whole).any())
-    if masked and empty.double().mean() < LEAST_PASSED:
-        return torch.ones(run.shape, dtype=torch.float64, device=plan.device), True
-    return (~empty).double().mean(1), masked
 
 
 def row_costs(plan: BlockPlan, shape: BlockShape) -> torch.Tensor:

@@ -6,7 +6,9 @@ so that calls can be captured in CUDA graphs.
 
 A NaN or an infinity makes the scale of all that share it NaN or infinite, hence every product with them NaN:
 128 keys, one query or a channel of values, and with smoothing all keys of a head. Finding them would wait for
-the GPU in every call. Finite numbers up to 2^60 stay finite (float16 ends before), those below 2^-100 become 0.
+the GPU in every call. Values up to 2^60 stay finite where scores are below 2^30, which queries and keys up to 2^13 keep
+them; numbers below 2^-100 become 0. (A score less the largest one is one instruction, whose product is exact and whose
+other side was rounded: of scores of 2^30 that leaves 2^6, and exp2 of it is in the sum.)
 """
 
 from __future__ import annotations
@@ -187,7 +189,9 @@ def forward(
     if return_lse and x.k_mean is not None:
         shifted = lse + quantize.smoothing_shift(given_q, x.k_mean, scale)
         lse = torch.where(lse == -torch.inf, lse, shifted)  # huge numbers may shift by infinity
-    return out.to(dtype), lse if return_lse else None
+    # Kernels write bfloat16, in which the largest float16 is a number past it.
+    out = quantize.saturated(out.float(), dtype) if dtype == torch.float16 else out.to(dtype)
+    return out, lse if return_lse else None
 
 
 def _groups(precision: Precision) -> dict[str, Groups]:

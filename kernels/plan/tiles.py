@@ -21,9 +21,6 @@ from typing import Any
 import torch
 
 PACKAGED = Path(__file__).parent / "tuned"
-# Groups of queries look whether they may pass by an entry where they may pass that share of the masked ones by, or
-# where none would need its mask: looking costs a tenth of a masked block.
-LEAST_PASSED = 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +34,6 @@ class BlockShape:
     The rest is counted in query-key pairs. Shares of a pair: `partial` extra under a mask, `ragged`
     extra in an unmasked entry that is shorter than the block. Pairs: `gather` for a key that a tile
     copies together, `entry` and `tile` for each entry and tile.
-    group: queries that pass together by a masked entry that none of them sees, and mask it only if they see a part;
-        0: tiles do neither.
     launch: parameters of the kernel at this shape, where they differ from its own choice, as
         (name, value) pairs: num_warps, num_stages.
     """
@@ -52,7 +47,6 @@ class BlockShape:
     gather: float = 0.0
     entry: float = 0.0
     tile: float = 0.0
-    group: int = 0
     launch: tuple[tuple[str, int], ...] = ()
 
 
@@ -112,11 +106,11 @@ def _gluon_shapes(head_dim: int, precision: str) -> tuple[BlockShape, ...]:
     """
     if precision == "model":
         two = BlockShape(block_q=128, block_k=128, padded=True, speed=0.88, partial=0.11, ragged=0.25,
-                         tile=100_000, group=64)  # fmt: skip
+                         tile=100_000)  # fmt: skip
         partial, ragged, tile = 0.04, 0.5, 160_000
     else:
         two = BlockShape(block_q=128, block_k=128, padded=True, speed=0.82, partial=0.3, ragged=0.3,
-                         tile=150_000, group=64)  # fmt: skip
+                         tile=150_000)  # fmt: skip
         partial, ragged, tile = 0.45, 0.5, 180_000
     three = replace(two, block_q=192, speed=1.0, partial=partial, ragged=ragged, tile=tile)
     return (three, two) if head_dim <= 128 else (two,)

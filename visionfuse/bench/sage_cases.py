@@ -66,8 +66,11 @@ def errors(device: torch.device, tokens: int, heads: int, offset: int) -> list[R
     rows = []
     for recipe in PRECISIONS:
         impl = select_implementation(device, q.dtype, 128, recipe)[0]
-        tensors = (_attend(q, k, v, recipe), q, k, v)
-        found = [sampled_errors(*(x[:, :, h : h + 1] for x in tensors)) for h in range(heads)]
+        out = _attend(q, k, v, recipe)
+        found = [
+            sampled_errors(out[:, :, h], q[:, :, h], k[:, :, h], v[:, :, h])
+            for h in (slice(i, i + 1) for i in range(heads))
+        ]
         rel_l1, cosine = (fmean(values) for values in zip(*found, strict=True))
         rows.append(Row(suite="sage", case=case_of(offset), impl=impl, recipe=recipe, rel_l1=rel_l1, cosine=cosine,
                         note=f"{tokens:,} tokens, {heads} heads of 128"))  # fmt: skip

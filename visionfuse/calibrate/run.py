@@ -7,8 +7,8 @@
    takes one of the candidates tells the factor s from the sum of e to the error of the final picture (root mean
    square, 10^(-PSNR / 20)). The errors of a recipe are then predicted to add up: sum of s e.
 3. The recipe of least time whose predicted error is inside the budget (`choose`).
-4. It is run, and the budget of step 3 is corrected by what was predicted wrong, a few times. So is, once, a candidate
-   alone that is faster than what was found and was not predicted to be far off.
+4. It is run, and the budget of step 3 is corrected by what was predicted wrong, a few times. Rounding everywhere, whose
+   error is less than the sum, is run as well where it would be faster than what was found.
 5. Prompts that were never looked at tell what to expect.
 
 Every run is kept in a journal as soon as it ends, so that an interrupted calibration goes on where it was.
@@ -39,7 +39,6 @@ from .measure import Errors, MeasuringSession, block_classes, psnr
 from .times import candidate_ms, setting_of, stock_ms
 
 TRIES = 4  # of step 4
-FAR_DB = 12.0  # how much better than predicted rounding everywhere may be (9 dB were seen)
 MOST_DB = 120.0  # what cannot be told from equal
 NEVER = 1e6  # the error of a variant that could not be measured in a layer
 
@@ -403,8 +402,9 @@ class Calibration:
         if not in_order:
             groups = [part.group for part in self.parts]
             least = min((t.selection.time for t in tries if t.psnr >= budget), default=np.inf)
-            for alone in (uniform(groups, v) for v in range(1, len(self.parts[0].names))):
-                if alone.time < least and alone.error <= 10 ** ((FAR_DB - budget) / 20):
+            for variant, candidate in enumerate(self.usable, 1):
+                alone = uniform(groups, variant)
+                if self.kind(candidate) and alone.time < least:
                     tries.append(self.attempt(alone, name))
         return tries
 

@@ -67,7 +67,7 @@ def sage_attention(
     Returns out in the layout and dtype of q; queries that see no key are 0. "HND" is a transposed view of (B,
     S_q, H, D), which `out.transpose(1, 2).reshape(...)` takes for free. On a GPU without a kernel for the precision
     exact attention runs, with a warning; without a GPU every precision is emulated, with the same numbers, slowly.
-    Finite inputs give finite outputs, in kernels up to 2^60; NaN and infinities raise ValueError where they are
+    Finite inputs give finite outputs, in kernels where scores stay below 2^30; NaN and infinities raise ValueError where they are
     emulated, and make NaN of what shares a scale on a GPU.
     Gradients are straight-through: those of exact attention at q, k and v.
 

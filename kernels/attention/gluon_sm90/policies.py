@@ -124,42 +124,6 @@ def _by_thread(s, SPEC: gl.constexpr):
     return s.reshape([SPEC.BM, 4, SPEC.BN // 4])
 
 
-# The maximum of a row ----------------------------------------------------------------------------------
-#
-# `gl.max` compares the 32 scores that a thread has of a row one after the other, each waiting for the one before.
-# With two chains a row exponentials begin sooner: by what ptxas plans, a whole FP8 block takes 1031 cycles of a warp
-# and not 1091. Masked blocks lack the registers.
-
-
-def _top_asm() -> str:
-    """The largest of the 32 scores of each of two rows, of $64 and on, in all outputs of the row."""
-    lines = [".reg .f32 top<4>;"]
-    lines += [f"mov.f32 top{i}, ${64 + i};" for i in range(4)]
-    lines += [f"max.f32 top{at % 4}, top{at % 4}, ${64 + at};" for at in range(4, 64)]
-    lines += ["max.f32 top0, top0, top1; max.f32 top2, top2, top3;"]
-    lines += [f"mov.f32 ${at}, top{at % 4 // 2 * 2};" for at in range(64)]
-    return "{ " + " ".join(lines) + " }"
-
-
-_TOP: gl.constexpr = gl.constexpr(_top_asm())
-_TOP_OPERANDS: gl.constexpr = gl.constexpr(",".join(["=f"] * 64 + ["f"] * 64))
-
-
-@gluon.jit
-def _top_of_rows(s, SPEC: gl.constexpr):
-    """[BM]"""
-    tops = gl.inline_asm_elementwise(
-        _TOP, _TOP_OPERANDS, [_by_thread(s, SPEC)], dtype=gl.float32, is_pure=True, pack=64
-    )
-    top = gl.max(gl.reduce(tops, 2, _first), axis=1)
-    return gl.convert_layout(top, gl.SliceLayout(1, SPEC.LS), assert_trivial=True)
-
-
-@gluon.jit
-def _first(a, b):
-    return a
-
-
 # Rows of a number a key --------------------------------------------------------------------------------
 
 
@@ -240,9 +204,7 @@ def attend(acc, l, m, q, e, stage, phase, factor, x, SPEC: gl.constexpr, MASK: g
         p = gl.exp2(s * factor - m[:, None])
         rescale = 1.0
     else:
-        if SPEC.VALUES_8BIT and MASK == "none" and not INTEGER_MAX:
-            top = _top_of_rows(s, SPEC)
-        elif not INTEGER_MAX:
+        if not INTEGER_MAX:
             top = gl.max(s, axis=1)
         if SPEC.BIAS:
             if OFFSET:
