@@ -36,7 +36,10 @@ CSS = """
 .vf-legend { list-style: none; display: flex; flex-wrap: wrap; gap: 0.25rem 1rem; margin: 0.25rem 0 0.75rem; padding: 0; }
 .vf-legend span { display: inline-block; width: 1em; height: 1em; margin-right: 0.4em; vertical-align: -0.15em; }
 footer { display: none !important; }
-@media (max-width: 640px) { .gradio-container { padding: 0.5rem !important; } }
+@media (max-width: 640px) {
+  .gradio-container { padding: 0.5rem !important; }
+  .tab-container button { padding: 0 0.5rem !important; font-size: 0.9rem !important; } /* all four beside one another */
+}
 """
 
 

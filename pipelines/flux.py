@@ -308,7 +308,7 @@ def compare(pipe: FluxPipeline, request: Request, *, repeats: int = 1) -> Compar
         change=difference(stock, fused),
         report=said,
         device=device_name(pipe._execution_device),
-        dtype=str(pipe.transformer.dtype).removeprefix("torch."),
+        dtype=str(pipe.dtype).removeprefix("torch."),
         steps=len(pipe.scheduler.timesteps),
     )
 

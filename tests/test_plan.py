@@ -180,6 +180,7 @@ def test_density_follows_the_grid():
         assert all(w % 4 == 0 or w == n for w, n in zip(spec.window, grid, strict=True))
 
 
+@settings(deadline=None)  # how long a search takes depends on what else runs
 @given(
     density=st.floats(0.1, 1.0),
     grid=st.sampled_from(
