@@ -86,7 +86,7 @@ $(VENV)/installed-demo: pyproject.toml constraints.txt | $(BIN)/python
 
 # NATTEN is a second oracle in the tests. With a GPU it would compile for a long time, and its tests skip
 # themselves where it is missing, so that a failure here stops nothing. The same goes for Hugging Face's kernels, without
-# what it checks signatures with (13 packages), and for Chromium, in which the app is tested: Debian's, where there is
+# what it checks signatures with (13 packages) and in a folder of its own, since it has the name of ours, and for Chromium, in which the app is tested: Debian's, where there is
 # apt-get and the right to use it.
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing torch, diffusers, visionfuse and the test tools into $(VENV) (a few minutes, once) ..."
@@ -94,7 +94,7 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $(VENV)/installed
 	@if [ "$(NATTEN)" = 1 ] && ! command -v nvidia-smi > /dev/null; then \
 	  $(PIP) --no-build-isolation natten || echo "NATTEN did not install; its tests will be skipped."; fi
-	@$(PIP) --no-deps kernels || echo "kernels did not install; its test will be skipped."
+	@$(PIP) --no-deps --target $(VENV)/hub-kernels kernels || echo "kernels did not install; its test will be skipped."
 	@command -v chromium > /dev/null || { command -v apt-get > /dev/null && apt-get update -qq && \
 	  apt-get install -y -qq --no-install-recommends chromium > /dev/null; } 2> /dev/null || \
 	  echo "Chromium did not install; the tests in a browser will be skipped."

@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from visionfuse.pipelines.export_kernels import BACKENDS, SOURCE, export
 
+# Where `make test` puts Hugging Face's kernels: beside site-packages its name would hide our folder from the reference.
+HUB = Path(sys.prefix, "hub-kernels")
 USE = """
 import torch
 import torch.nn.functional as F
@@ -48,7 +51,7 @@ def repository(tmp_path_factory):
 def run(code: str, *arguments, cwd) -> subprocess.CompletedProcess:
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HUB)},
     )  # fmt: skip
     return done
 
