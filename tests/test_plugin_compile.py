@@ -8,6 +8,7 @@ import torch
 from visionfuse import Order
 from visionfuse.testing_pipelines import (
     TEXT_WIDTH,
+    Graphs,
     flux_pipeline,
     ip_adapter_weights,
     run,
@@ -49,21 +50,6 @@ def _fresh_dynamo():
 
 def close(a, b):
     torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * float(b.abs().max()))
-
-
-class Graphs:
-    """A backend that runs graphs as they are and counts them."""
-
-    def __init__(self):
-        self.count = 0
-
-    def __call__(self, graph, inputs):
-        self.count += 1
-        return graph.forward
-
-    def new(self) -> int:
-        count, self.count = self.count, 0
-        return count
 
 
 SLOW = pytest.mark.slow

@@ -12,6 +12,7 @@ from visionfuse import Dense, Neighborhood, Order, Precision, Recipe, Schedule, 
 from visionfuse.context import ACTIVE
 from visionfuse.recipe import Phase, Variant
 from visionfuse.testing_pipelines import (
+    Graphs,
     explicit_mask,
     flux_pipeline,
     masked_attention,
@@ -206,17 +207,6 @@ def test_layers_that_the_model_has_not(pipe, family):
     with pytest.raises(ValueError, match=r"'large'.*\[40\]"):
         pipe.enable_visionfuse(wrong)
     assert "_visionfuse" not in vars(pipe)
-
-
-class Graphs:
-    """A backend that runs graphs as they are and counts them."""
-
-    def __init__(self):
-        self.count = 0
-
-    def __call__(self, graph, inputs):
-        self.count += 1
-        return graph.forward
 
 
 SLOW = pytest.mark.slow

@@ -17,7 +17,7 @@ from visionfuse.linears import Linears, errors_on
 from visionfuse.patching import get
 from visionfuse.sites import denoisers
 from visionfuse.testing_families import TINY
-from visionfuse.testing_pipelines import flux_pipeline, run, wan_pipeline
+from visionfuse.testing_pipelines import Graphs, flux_pipeline, run, wan_pipeline
 
 GNA = {"density": 0.3, "stride": 2, "dense_steps": 4}
 BUILD = {"flux": flux_pipeline, "wan": wan_pipeline}
@@ -29,17 +29,6 @@ def _fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-class Graphs:
-    """A backend that runs graphs as they are and counts them."""
-
-    def __init__(self):
-        self.count = 0
-
-    def __call__(self, graph, inputs):
-        self.count += 1
-        return graph.forward
 
 
 def state(pipe) -> dict:
