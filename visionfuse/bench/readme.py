@@ -12,6 +12,10 @@ A table stands between two comments; the first names the suite, that is the CSV,
     <!-- /bars -->
 
 is the table of `bars.py`: what is asked of the engine, and what was measured.
+
+    <!-- value: wan | case = a step | recipe = fps coarse | speedup x -->3.26x<!-- /value -->
+
+is one number of one row, within a sentence or a table of one's own.
 """
 
 from __future__ import annotations
@@ -25,20 +29,23 @@ from .bars import bars_table
 
 BLOCK = re.compile(r"(<!-- table: (?P<spec>.*?) -->\n).*?(<!-- /table -->)", re.DOTALL)
 BARS = re.compile(r"(<!-- bars: (?P<suite>\w+) -->\n).*?(<!-- /bars -->)", re.DOTALL)
+VALUE = re.compile(r"(<!-- value: (?P<spec>.*?) -->).*?(<!-- /value -->)")
 COLUMN = re.compile(r"(?P<name>\w+)(?: (?P<unit>[x%]))?(?:: (?P<title>.+))?")
 
 
 def fill_tables(text: str, folder: Path) -> str:
-    """`text` with every table between the comments written anew. Raises ValueError for a wrong spec."""
+    """`text` with everything between the comments written anew. Raises ValueError for a wrong spec."""
+    text = VALUE.sub(lambda m: m[1] + _value(m["spec"], folder) + m[3], text)
     text = BLOCK.sub(lambda m: m[1] + _table(m["spec"], folder) + m[3], text)
     return BARS.sub(lambda m: m[1] + bars_table(folder / f"{m['suite']}.csv") + m[3], text)
 
 
-def _table(spec: str, folder: Path) -> str:
+def _select(spec: str, folder: Path) -> tuple[list[dict[str, str]], list[re.Match[str]]]:
+    """The rows and the columns that a spec names."""
     suite, *parts = (part.strip() for part in spec.split("|"))
     path = folder / f"{suite}.csv"
     if not path.is_file():
-        return ""
+        return [], []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         rows, known = list(reader), reader.fieldnames or []
@@ -52,6 +59,18 @@ def _table(spec: str, folder: Path) -> str:
             rows = [row for row in rows if row[name] == value]
         else:
             columns.append(match)
+    return rows, columns
+
+
+def _value(spec: str, folder: Path) -> str:
+    rows, columns = _select(spec, folder)
+    if len(rows) != 1 or len(columns) != 1:
+        raise ValueError(f"{len(rows)} rows and {len(columns)} columns are {spec!r}, not one each.")
+    return _cell(rows[0][columns[0]["name"]], columns[0]["unit"])
+
+
+def _table(spec: str, folder: Path) -> str:
+    rows, columns = _select(spec, folder)
     if not rows:
         return ""
     number = {c["name"]: all(_is_number(row[c["name"]]) for row in rows) for c in columns}
