@@ -76,9 +76,9 @@ def test_fill_tables(tmp_path):
 
 def test_fill_values(tmp_path):
     (tmp_path / "speed.csv").write_text("impl,ms,speedup\nblocks,12.3,5.432\nflex,1,\n")
-    text = "x <!-- value: speed | impl = blocks | speedup x -->old<!-- /value --> y"
+    text = "x <!-- value: speed; impl = blocks; speedup x -->old<!-- /value --> y"
     assert fill_tables(text, tmp_path) == text.replace("old", "5.43x")
-    for wrong in ("speed | speedup x", "speed | impl = none | ms", "none | ms"):
+    for wrong in ("speed; speedup x", "speed; impl = none; ms", "none; ms"):
         with pytest.raises(ValueError, match="not one each"):
             fill_tables(f"<!-- value: {wrong} --><!-- /value -->", tmp_path)
 

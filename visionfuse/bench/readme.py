@@ -13,9 +13,9 @@ A table stands between two comments; the first names the suite, that is the CSV,
 
 is the table of `bars.py`: what is asked of the engine, and what was measured.
 
-    <!-- value: wan | case = a step | recipe = fps coarse | speedup x -->3.26x<!-- /value -->
+    <!-- value: wan; case = a step; recipe = fps coarse; speedup x -->3.26x<!-- /value -->
 
-is one number of one row, within a sentence or a table of one's own.
+is one number of one row, within a sentence or a table of one's own (whose rows a | would cut).
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ def fill_tables(text: str, folder: Path) -> str:
     return BARS.sub(lambda m: m[1] + bars_table(folder / f"{m['suite']}.csv") + m[3], text)
 
 
-def _select(spec: str, folder: Path) -> tuple[list[dict[str, str]], list[re.Match[str]]]:
+def _select(
+    spec: str, folder: Path, separator: str = "|"
+) -> tuple[list[dict[str, str]], list[re.Match[str]]]:
     """The rows and the columns that a spec names."""
-    suite, *parts = (part.strip() for part in spec.split("|"))
+    suite, *parts = (part.strip() for part in spec.split(separator))
     path = folder / f"{suite}.csv"
     if not path.is_file():
         return [], []
@@ -63,7 +65,7 @@ def _select(spec: str, folder: Path) -> tuple[list[dict[str, str]], list[re.Matc
 
 
 def _value(spec: str, folder: Path) -> str:
-    rows, columns = _select(spec, folder)
+    rows, columns = _select(spec, folder, separator=";")
     if len(rows) != 1 or len(columns) != 1:
         raise ValueError(f"{len(rows)} rows and {len(columns)} columns are {spec!r}, not one each.")
     return _cell(rows[0][columns[0]["name"]], columns[0]["unit"])
