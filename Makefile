@@ -5,6 +5,7 @@
 #   make test       lint, types and the fast tests
 #   make test-all   the sweeps too; the log is kept in assets/bench/test-all.log
 #   make test-gpu   what an NVIDIA GPU decides; the log is kept in assets/bench/h200-tests.log
+#   make test-timm  timm's own tests of models, on ours; pip fetches timm's source distribution
 #   make lint       ruff and pyright alone
 #   make bench-cpu  the CPU benchmark; writes assets/bench/ and the table in README.md
 #   make bench-gpu  every suite against its bar, on a Hopper GPU; writes the same places
@@ -26,7 +27,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKER
 PROMPT := a large red circle above a small blue square on a white background
 SCENE := a green triangle moves left while a red circle stays still on a white background
 
-.PHONY: demo demo-app test test-all test-gpu lint bench-cpu bench-gpu docs pictures clean
+.PHONY: demo demo-app test test-all test-gpu test-timm lint bench-cpu bench-gpu docs pictures clean
 
 demo: $(VENV)/installed
 	$(BIN)/visionfuse generate assets/flux-micro "$(PROMPT)" --recipe gna --height 512 --width 512 --steps 20 \
@@ -38,7 +39,7 @@ demo-app: $(VENV)/installed-demo
 	$(BIN)/visionfuse demo
 
 test: lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" --durations 15
 
 test-all: lint
 	@mkdir -p assets/bench
@@ -48,6 +49,9 @@ test-all: lint
 
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/python tests/run_on_gpu.py --log assets/bench/h200-tests.log
+
+test-timm: $(VENV)/installed-dev
+	$(BIN)/python tests/run_timm_tests.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Folders of assets/ that pages link to, and what is copied of them.
 COPIED = {"images": "*.png", "bench": "*.csv"}
 LINK = re.compile(r"\[([^\]]*)\]\((\.\./[^)#\s]+)\)")
-COMMENT = re.compile(r"^<!-- .*? -->\n", re.MULTILINE)
+COMMENT = re.compile(r"^<!-- .*? -->\n|<!-- /?value.*?-->", re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

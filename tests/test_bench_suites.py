@@ -95,13 +95,17 @@ def test_table_of_bars(tmp_path):
     update_csv(rows, tmp_path / "engine.csv", commit="x")
     text = fill_tables("<!-- bars: engine -->\nold\n<!-- /bars -->", tmp_path)
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines()}
-    assert "| 1.1x | at least 1.1x | yes | 0.0022 |  |" in lines[met.work]
-    assert "| 1.599x | at least 1.6x | no |" in lines[missed.work]
-    assert "| 85.0% | at least 85.0% | yes |" in lines[masked.work]
-    assert "|  | at least 1.37x | no |  | a reason |" in lines[absent.work]
-    assert "| 70.0% | at least 75.0% | no |" in lines[prologue.work]  # the worst of its recipes
-    assert "worst: int8" in lines[prologue.work]
+    missing, reached = text.split("<details>")
+    assert "| 1.1x | at least 1.1x | 0.0022 |" in lines[met.work]
+    assert "| 1.599x | at least 1.6x | 0.0022 | softmax" in lines[missed.work]
+    assert "| 85.0% | at least 85.0% | 0.0022 |" in lines[masked.work]
+    assert "|  | at least 1.37x |  | a reason |" in lines[absent.work]
+    worst = f"{prologue.work} (int8)"  # the worst of its recipes
+    assert "| 70.0% | at least 75.0% |" in lines[worst]
     assert "not measured" in lines[bars.BARS["engine"][0].work]
+    assert all(work in reached for work in (met.work, masked.work))
+    assert all(work in missing for work in (missed.work, absent.work, worst))
+    assert f"Reached: 2 of {len(bars.BARS['engine'])} lines" in text
     assert fill_tables(text, tmp_path) == text
 
 

@@ -289,6 +289,33 @@ def test_forward_and_backward(legacy_layout, images):
     assert not missing
 
 
+def test_recomputation_saves_memory_and_changes_nothing(images):
+    """Gradients and running statistics are those of training that keeps everything, bit for bit."""
+    found, kept = [], []
+    for recompute in (False, True):
+        model = small(drop_path_rate=0.0).train()
+        model.set_recompute(recompute)
+        storages = {}  # what autograd keeps, by address
+        alive = []
+
+        def keep(t, storages=storages, alive=alive):
+            alive.append(t)
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss = model(images).square().sum()
+        loss.backward()
+        kept.append(sum(storages.values()))
+        found.append([p.grad for p in model.parameters()] + list(model.buffers()))
+    assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
+    # Two activations of three times the channels, and the gated one: five tensors of a local block.
+    sides = {0: 16, 1: 8, 2: 4}
+    locals_of = {s: sum(hasattr(b, "conv") for b in model.stages[s].blocks) for s in sides}
+    pixels = {s: 2 * 3 * SMALL["dims"][s] * side * side * 4 for s, side in sides.items()}
+    assert kept[0] - kept[1] >= sum(5 * locals_of[s] * pixels[s] for s in sides)
+
+
 def test_gradient_checkpointing_changes_nothing(images):
     grads = []
     for checkpoint in (False, True):

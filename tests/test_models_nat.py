@@ -279,10 +279,17 @@ def test_forward_intermediates_and_pruning(name, images):
     assert torch.equal(last[0], final)
     with pytest.raises(ValueError, match="NCHW"):
         model.forward_intermediates(images, output_fmt="NLC")
-    assert model.prune_intermediate_layers([0, 2], prune_norm=True) == [0, 2]
+    stopped, _ = model.forward_intermediates(images, indices=[0, 2], stop_early=True)
+    assert model.prune_intermediate_layers([0, 2]) == [0, 2]
     assert len(model.levels) == 3
     pruned = model.forward_intermediates(images, indices=[0, 2], intermediates_only=True)
     assert all(torch.equal(p, q) for p, q in zip(some, pruned, strict=True))
+    features = model.forward_features(images)  # end where the last of them was taken
+    assert torch.equal(features, some[1].permute(0, 2, 3, 1))
+    assert torch.equal(stopped, features)
+    assert model.num_features == features.shape[-1]
+    model.train().forward_features(images).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_torchscript(name, images):

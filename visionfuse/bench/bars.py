@@ -238,31 +238,55 @@ LIMITS: dict[str, str] = {
 
 
 def bars_table(path: Path) -> str:
-    """Markdown: work, measured, bar, reached, error, what limits it. Empty without the CSV."""
+    """Markdown: the lines that were not reached, with what limits them, and folded those that were.
+
+    Work, measured, bar, error. Empty without the CSV.
+    """
     if not path.is_file():
         return ""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    lines = [
-        "| work | measured | bar | reached | error | if not: what limits it |",
-        "|---|--:|--:|---|--:|---|",
+    bars = BARS[path.stem]
+    lines = [_cells(bar, rows) for bar in bars]
+    missed = [(*cells, limit) for *cells, reached, limit in lines if not reached]
+    reached = [tuple(cells) for *cells, reached, _ in lines if reached]
+    parts = []
+    if missed:
+        parts = [f"Not reached, {len(missed)} of {len(bars)} lines:", "", *_markdown(missed), ""]
+    parts += [
+        "<details>",
+        f"<summary>Reached: {len(reached)} of {len(bars)} lines</summary>",
+        "",
+        *_markdown(reached),
+        "",
+        "</details>",
     ]
-    lines += ["| " + " | ".join(_cells(bar, rows)) + " |" for bar in BARS[path.stem]]
-    return "\n".join(lines) + "\n"
+    return "\n".join(parts) + "\n"
 
 
-def _cells(bar: Bar, rows: list[dict[str, str]]) -> tuple[str, ...]:
+def _markdown(lines: list[tuple[str, ...]]) -> list[str]:
+    """A line is work, measured, bar, error, and where it was not reached what limits it."""
+    head = ("work", "measured", "bar", "error", "what limits it")
+    columns = max(map(len, lines), default=4)
+    return [
+        "| " + " | ".join(head[:columns]) + " |",
+        "|---|--:|--:|--:|" + "---|" * (columns - 4),
+        *("| " + " | ".join(line) + " |" for line in lines),
+    ]
+
+
+def _cells(bar: Bar, rows: list[dict[str, str]]) -> tuple[str, str, str, str, bool, str]:
+    """Work, measured, bar, error, whether it was reached, and what limits it."""
     found = bar.rows(rows)
     values = {
         i: value for i, row in enumerate(found) if (value := bar.value(row, rows)) is not None
     }
     if not values:
         why = found[0]["note"] if found else "not measured"
-        return bar.work, "", bar.asked, "no", "", why
+        return bar.work, "", bar.asked, "", False, why
     index = (max if bool(bar.most) != bar.best else min)(values, key=values.__getitem__)
     row, value = found[index], values[index]
+    work = bar.work if bar.recipes else f"{bar.work} ({row['recipe']})"
     error = f"{float(row['rel_l1']):.2g}" if row["rel_l1"] else ""
-    limit = "" if bar.reached(value) else LIMITS.get(bar.key, "")
-    if not bar.recipes:
-        limit = "; ".join(filter(None, (f"worst: {row['recipe']}", limit)))
-    return bar.work, bar.text(value), bar.asked, "yes" if bar.reached(value) else "no", error, limit
+    reached = bar.reached(value)
+    return work, bar.text(value), bar.asked, error, reached, LIMITS.get(bar.key, "")

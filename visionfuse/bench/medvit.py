@@ -1,9 +1,10 @@
 """MedViTV2 with our kernels and by its formula: `python -m visionfuse.bench.medvit --csv assets/bench/medvit.csv`.
 
-`formula` writes the basis of every KAN layer as FasterKAN does and masks dense attention, `kan` has the fused
-KAN layers only, `visionfuse` has block-sparse neighborhood attention too, and is compiled as well: the bar of
-the project is the eager formula. The published code runs its attention
-in NATTEN 0.17, which is no part of this comparison. All three are compared on one picture in float32 first.
+`formula` writes the basis of every KAN layer as FasterKAN does, masks dense attention and keeps everything for
+the backward; `kan` has the fused KAN layers only; `visionfuse` has block-sparse neighborhood attention and
+recomputed activations too, and is compiled as well: the bar of the project is the eager formula. The published
+code runs its attention in NATTEN 0.17, which is no part of this comparison. All three are compared on one
+picture in float32 first.
 The layer alone (`--layer`) is timed at the shapes of MedViT-S and -L.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ def build(name: str, way: str) -> Any:
         return model
     model = timm.create_model(name, kan_impl="reference" if way == "formula" else "auto")
     if way != "visionfuse":
+        model.set_recompute(False)
         for module in model.modules():
             if hasattr(module, "dense_tokens"):
                 module.dense_tokens = 1 << 20
@@ -49,6 +52,7 @@ def build(name: str, way: str) -> Any:
 
 WAYS = ("formula", "kan", "visionfuse")
 COMPILED = "visionfuse, compiled"
+DIRECTIONS = {"inference": inference, "training": training}
 
 
 def compare(name: str, device: torch.device, *, side: int = 224) -> dict[str, float]:
@@ -56,9 +60,8 @@ def compare(name: str, device: torch.device, *, side: int = 224) -> dict[str, fl
     images = torch.randn(4, 3, side, side, device=device)
     torch.manual_seed(0)
     settled = build(name, "formula").to(device)
-    for (
-        module
-    ) in settled.modules():  # without statistics of its own, numbers grow until rounding decides
+    # Without statistics of its own, numbers grow until rounding decides.
+    for module in settled.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
     # Convolutions have TF32 by default, which a deep random model makes 0.1 of.
@@ -141,6 +144,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda",
                         help="cpu: tiny cases, to try the script")  # fmt: skip
     parser.add_argument("--models", nargs="*", default=["medvit_small"], choices=NAMES)
+    parser.add_argument("--directions", nargs="+", default=[*DIRECTIONS], choices=[*DIRECTIONS])
+    parser.add_argument("--ways", nargs="+", default=[*WAYS, COMPILED], choices=[*WAYS, COMPILED])
     parser.add_argument("--layer", action="store_true", help="the KAN layer alone, too")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
@@ -165,9 +170,16 @@ def main() -> None:
     for name in arguments.models:
         if device.type == "cuda":
             compare(name, device)
-        for prepare in (inference, training):
-            ways = {way: partial(build, name, way) for way in (*WAYS, COMPILED)}
-            runs.append(partial(measure_models, name, ways, prepare, **sizes, **options))  # fmt: skip
+        compiled = [WAYS[0], COMPILED] if COMPILED in arguments.ways else []
+        modes = {
+            "eager": [way for way in WAYS if way in arguments.ways],
+            "compiled beside the eager formula": compiled,
+        }
+        for direction, (mode, ways) in product(arguments.directions, modes.items()):
+            models: Any = {way: partial(build, name, way) for way in ways}
+            run = partial(measure_models, name, models, DIRECTIONS[direction], mode=mode)
+            if models:
+                runs.append(partial(run, **sizes, **options))
     rows: list[Row] = []
     for run in runs:
         measured = run()

@@ -23,10 +23,14 @@ def measure_models(
     device: torch.device,
     seconds: float,
     compiled: bool = False,
+    mode: str = "",
     side: int = 224,
     most: int = 20,
 ) -> list[Row]:
-    """One row for every model by its name; speed-ups are relative to the first. prepare: `training` or `inference`."""
+    """One row for every model by its name; speed-ups are relative to the first.
+
+    prepare: `training` or `inference`. compiled: compile all. mode: what the case calls that.
+    """
     images = torch.randn(batch, 3, side, side, device=device)
     labels = torch.randint(0, 1000, (batch,), device=device)
     steps: dict[str, Callable[[], object]] = {}
@@ -46,7 +50,7 @@ def measure_models(
             peaks[key] = (torch.cuda.max_memory_allocated() - before) / 2**30
     times = time_in_turns(steps, device=device, seconds=seconds, most=most)
     base = next(iter(build))
-    mode = "compiled" if compiled else "eager"
+    mode = mode or ("compiled" if compiled else "eager")
     rows = []
     for key, timing in times.items():
         row = Row(

@@ -24,7 +24,7 @@ LEAST, MOST = 3, 30  # runs
 TURN_S = 0.1  # of calls without a pause: the power limit lowers the clock within milliseconds
 # Relative L1 error above which a row is refused. 16 bits: twice cuDNN's on normal data, or of that very run.
 MOST_ERROR = {"bf16": 4.6e-3, "fp32": 1e-5, "fp8": 0.08, "int8_fp8": 0.06, "int8": 0.02,
-              "int8_fp8+smooth_q": 0.06, "int8_fp8+k_token": 0.06}  # fmt: skip
+              "int8_fp8+smooth_q": 0.06, "int8_fp8+k_thread": 0.06}  # fmt: skip
 _ERRORS = (RuntimeError, ImportError, ValueError, TypeError, AttributeError, AssertionError)
 
 

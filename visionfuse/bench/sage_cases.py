@@ -24,8 +24,8 @@ from .peers import PEERS
 from .suite import Candidate, Suite, Work
 from .table import Row
 
-RECIPES = ("int8_fp8", "fp8", "int8", "int8_fp8+smooth_q", "int8_fp8+k_token")
-PRECISIONS = (*RECIPES, "int8+smooth_q", "int4_fp8", "int4", "int4+smooth_q", "int8_fp8+smooth_v",
+RECIPES = ("int8_fp8", "fp8", "int8", "int8_fp8+smooth_q", "int8_fp8+k_thread")
+PRECISIONS = (*RECIPES, "int8_fp8+k_token", "int8+smooth_q", "int4_fp8", "int4", "int4+smooth_q", "int8_fp8+smooth_v",
               "int8_fp8-smooth_k")  # fmt: skip
 OFFSETS = (0, 10, 50)
 # Errors of one head differ by 3% between draws: what rounding takes from its values on average is in all rows.

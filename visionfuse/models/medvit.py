@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .medvit_blocks import GlobalBlock, LocalBlock
 from .medvit_published import checkpoint_filter_fn
+from .recompute import ConvSequence
 
 __all__ = ["MedViT"]
 
@@ -61,7 +62,7 @@ class MedViT(NextViT):
         self.grad_checkpointing = False
         wide, narrow, out = stem_chs
         conv = partial(ConvNormAct, act_layer=partial(nn.ReLU, inplace=True), **dd)
-        self.stem = nn.Sequential(
+        self.stem = ConvSequence(
             conv(in_chans, wide, stride=2), conv(wide, narrow), conv(narrow, out), conv(out, out, stride=2)
         )  # fmt: skip
         local = partial(LocalBlock, legacy_layout=legacy_layout, **dd)
@@ -97,6 +98,13 @@ class MedViT(NextViT):
         )
         self.head_hidden_size = dims[-1] * self.head.global_pool.feat_mult()
         self._initialize_weights()
+
+    @torch.jit.ignore()
+    def set_recompute(self, enable: bool = True) -> None:
+        """Whether the backward computes again what stands between convolutions, see `ConvSequence`."""
+        for module in self.modules():
+            if isinstance(module, ConvSequence):
+                module.recompute = enable
 
 
 class MedViTStage(nn.Module):

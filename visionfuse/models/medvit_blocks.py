@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..neighborhood import neighborhood_attention
 from .kan import FasterKAN
+from .recompute import ConvSequence
 
 HEAD_DIM, WINDOW, MIX = 32, 7, 0.75
 # Up to 14 by 14 pixels a window is a quarter of all pairs or more, and a mask is cheap.
@@ -99,7 +100,7 @@ class LocalityFeedForward(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden, options = dim * ratio, {"bias": False, **dd}
-        self.conv = nn.Sequential(
+        self.conv = ConvSequence(
             nn.Conv2d(dim, hidden, 1, **options), nn.BatchNorm2d(hidden, **dd), nn.Hardswish(),
             nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden, **options),
             nn.BatchNorm2d(hidden, **dd), nn.Hardswish(),

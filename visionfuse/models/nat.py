@@ -139,6 +139,7 @@ class NAT(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
+        self.output_fmt = "NHWC"
         dims = [embed_dim << i for i in range(len(depths))]
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
@@ -197,9 +198,10 @@ class NAT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
         if global_pool is not None:
-            self.global_pool = _pooling(global_pool)
+            self.global_pool = _pooling(global_pool).train(self.training)
         like = next(self.parameters())
-        self.head = self._classifier({"device": like.device, "dtype": like.dtype})
+        head = self._classifier({"device": like.device, "dtype": like.dtype})
+        self.head = head.train(self.training)
 
     def forward_intermediates(
         self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False,
@@ -210,25 +212,31 @@ class NAT(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}.")
         take, last = feature_take_indices(len(self.levels), indices)
         x = self.pos_drop(self.patch_embed(x))
-        found = []
-        for i, each in enumerate(self.levels[: last + 1] if stop_early else self.levels):
+        found, end = [], len(self.levels) - 1
+        stop = last if stop_early else end
+        for i, each in enumerate(self.levels[: stop + 1]):
             stage = cast(NATStage, each)
             x = stage.transform(x)
             if i in take:
-                out = self.norm(x) if norm and i == len(self.levels) - 1 else x
+                out = self.norm(x) if norm and i == end else x
                 found.append(out.permute(0, 3, 1, 2) if output_fmt == "NCHW" else out)
-            x = stage.downsample(x)
-        return found if intermediates_only else (self.norm(x), found)
+            if i < stop:
+                x = stage.downsample(x)
+        return found if intermediates_only else (self.norm(x) if stop == end else x, found)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """timm's: drop the stages that no intermediate needs."""
+        """timm's: drop the stages that no intermediate needs, and what only makes sense after all of them."""
         take, last = feature_take_indices(len(self.levels), indices)
+        cut = last < len(self.levels) - 1
         self.levels = self.levels[: last + 1]
-        if prune_norm:
+        if cut:
+            self.levels[last].downsample = nn.Identity()
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_norm or cut:
             self.norm = nn.Identity()
-        if prune_head:
+        if prune_head or cut:
             self.reset_classifier(0, "")
         return take
 

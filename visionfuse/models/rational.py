@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..kernels.rational import Fit, coefficients
 from ..kernels.rational.api import NOISE
+from .recompute import recomputed
 
 
 class RationalActivation(nn.Module):
@@ -141,7 +140,7 @@ class GRKANMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recompute and not torch.jit.is_scripting():
-            return _recomputed(self.second, _recomputed(self.first, x))
+            return recomputed(self.second, recomputed(self.first, x, self), self)
         return self.second(self.first(x))
 
     def first(self, x: Tensor) -> Tensor:
@@ -159,8 +158,3 @@ class GRKANMlp(nn.Module):
             nn.init.normal_(fc.weight, std=(fit.gain / fan_in) ** 0.5)
             if fc.bias is not None:
                 nn.init.zeros_(fc.bias)
-
-
-def _recomputed(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """layer(x), computed again for the backward up to the last tensor it lacks: not the matrix product."""
-    return cast(Tensor, checkpoint(layer, x, use_reentrant=False))
