@@ -39,6 +39,7 @@ footer { display: none !important; }
 @media (max-width: 640px) {
   .gradio-container { padding: 0.5rem !important; }
   .tab-container button { padding: 0 0.5rem !important; font-size: 0.9rem !important; } /* all four beside one another */
+  .vf-figures th, .vf-figures td { padding: 0.2rem 0.25rem; font-size: 0.85rem; }
 }
 """
 

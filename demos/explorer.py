@@ -10,6 +10,7 @@ import gradio as gr
 from visionfuse.kernels.order import Order
 from visionfuse.kernels.plan import Neighborhood
 from visionfuse.presets import PRESETS, named
+from visionfuse.simulate.gpus import MEASURED
 
 from . import figures, plans
 from .jobs import user_errors, within
@@ -29,6 +30,10 @@ BLOCKS = (
     ("full block: no mask", plans.FULL), ("partial block: with a mask", plans.PARTIAL),
     ("not visited: no work", plans.NONE),
 )  # fmt: skip
+DERIVED = (
+    "Derived: our kernels were not timed on that GPU. An H100 computes as an H200 does; the others have the portable kernel's "
+    "share of their published peak."
+)
 
 
 def explorer_tab(app: gr.Blocks, settings: Settings) -> None:
@@ -154,8 +159,7 @@ def _shown(asked: plans.Asked, token: tuple[int, ...]) -> tuple[Any, ...]:
         f"and {partial:,} partial blocks. Order: {kind}, {tile}."
     )
     rows = [
-        (f"{each.gpu}, {each.impl}, {'16 bits' if each.precision == 'model' else each.precision}",
-         f"{each.ms:.3g} ms", f"{each.dense / each.ms:.2f}x",
+        (_named(each), f"{each.ms:.3g} ms", f"{each.dense / each.ms:.2f}x",
          f"{each.cudnn / each.ms:.2f}x" if each.cudnn else "unknown")
         for each in plans.speeds(asked)
     ]  # fmt: skip
@@ -163,10 +167,17 @@ def _shown(asked: plans.Asked, token: tuple[int, ...]) -> tuple[Any, ...]:
         f"Predicted for 24 heads of 128 channels. Counting pairs alone: {1 / blocks.density:.2f}x"
     )
     head = ("", "time", "against the same kernel, dense", "against cuDNN")
+    times = figures.table(rows, head, caption=caption) + f"<p>{DERIVED}</p>"
     return (
         figures.status(words), plans.picture_of_token(asked, token), plans.picture_of_blocks(made),
-        figures.table(rows, head, caption=caption),
+        times,
     )  # fmt: skip
+
+
+def _named(speed: plans.Speed) -> str:
+    kind = "16 bits" if speed.precision == "model" else speed.precision
+    how = "" if speed.gpu.basis == MEASURED else " (derived)"
+    return f"{speed.gpu.name.removeprefix('NVIDIA ')}, {speed.impl}, {kind}{how}"
 
 
 def _legend(entries) -> str:

@@ -49,6 +49,11 @@ class Jobs:
             if self._wanted.get(key) is cancelled:
                 del self._wanted[key]
 
+    @property
+    def busy(self) -> bool:
+        """Whether a job runs or waits."""
+        return bool(self._wanted)
+
     def cancel(self, session: str | None) -> bool:
         """Ends the job of that visitor before its next step; whether there was one."""
         found = self._wanted.get(session or "")
@@ -103,7 +108,7 @@ def user_errors() -> Iterator[None]:
         raise gr.Error("Cancelled.", title="Cancelled", duration=5, print_exception=False) from None
     except gr.Error:
         raise
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, FloatingPointError) as error:
         raise gr.Error(
             str(error), title="That does not work", duration=None, print_exception=False
         ) from None

@@ -11,10 +11,12 @@ import torch
 from PIL import Image, ImageDraw
 
 from visionfuse.kernels.order import Order
-from visionfuse.kernels.plan import AttentionPlan, Neighborhood, plan_attention
+from visionfuse.kernels.plan import AttentionPlan, Neighborhood, TokenLayout, plan_attention
 from visionfuse.kernels.plan.neighborhood import NeighborhoodOnGrid
 from visionfuse.kernels.plan.planner import choose_order
-from visionfuse.simulate import GPUS, Gpu, Setting
+from visionfuse.kernels.plan.tiles import BlockShape
+from visionfuse.simulate import GPUS, H200, Gpu, Setting
+from visionfuse.simulate.gpus import CUDNN, MEASURED
 from visionfuse.simulate.model import cudnn_ms, dense_ms, predicted_ms
 
 # Told apart by lightness too, for those who see colours differently.
@@ -23,13 +25,7 @@ OWN, OWN_SEEN, TOKEN = (250, 200, 110), (205, 120, 15), (190, 20, 20)
 NONE, PARTIAL, FULL = UNSEEN, (245, 160, 60), VISIBLE
 GAP = (255, 255, 255)
 SIDE = 512  # pixels of a picture, about
-# (implementation, precision) in the table of times
-KINDS = (
-    ("gluon_sm90", "model"),
-    ("gluon_sm90", "int8_fp8"),
-    ("gluon_sm90", "fp8"),
-    ("triton", "model"),
-)
+HEAD_DIM = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +46,7 @@ class Asked:
 class Speed:
     """Predicted, in milliseconds. cudnn: PyTorch's dense attention in 16 bits, where its speed is known."""
 
-    gpu: str
+    gpu: Gpu
     impl: str
     precision: str
     ms: float
@@ -58,28 +54,43 @@ class Speed:
     cudnn: float | None
 
 
-def plan(asked: Asked, kind: tuple[str, str] = KINDS[0], gpu: Gpu = GPUS[0]) -> AttentionPlan:
-    return _planned(asked, kind, gpu)[0]
+def plan(asked: Asked) -> AttentionPlan:
+    """As the fastest kernel of the first GPU runs it."""
+    return _planned(asked, H200.shapes(H200.impl, "model", HEAD_DIM))[0]
 
 
 @lru_cache(maxsize=32)
-def _planned(asked: Asked, kind: tuple[str, str], gpu: Gpu):
-    setting = Setting(grid=asked.grid, text=asked.text, impl=kind[0], precision=kind[1], gpu=gpu)
-    order, shape = choose_order(setting.layout, asked.spec, asked.order, setting.shapes)
-    return plan_attention(setting.layout, asked.spec, order=order, shape=shape), shape, setting
+def _planned(
+    asked: Asked, shapes: tuple[BlockShape, ...]
+) -> tuple[AttentionPlan, BlockShape]:  # fmt: skip
+    layout = TokenLayout.joint(text=asked.text, grids=[asked.grid])
+    order, shape = choose_order(layout, asked.spec, asked.order, shapes)
+    return plan_attention(layout, asked.spec, order=order, shape=shape), shape
 
 
 def speeds(asked: Asked) -> list[Speed]:
     """On every GPU whose speed is known, for 24 heads of 128 channels (those of FLUX.1)."""
     found = []
     for gpu in GPUS:
-        for kind in KINDS:
-            made, shape, setting = _planned(asked, kind, gpu)
+        for impl, precision in _kinds(gpu):
+            setting = Setting(
+                grid=asked.grid, text=asked.text, impl=impl, precision=precision, gpu=gpu
+            )
+            made, shape = _planned(asked, setting.shapes)
             found.append(
-                Speed(gpu=gpu.name, impl=kind[0], precision=kind[1], ms=predicted_ms(made.blocks, shape, setting),
+                Speed(gpu=gpu, impl=impl, precision=precision, ms=predicted_ms(made.blocks, shape, setting),
                       dense=dense_ms(setting), cudnn=cudnn_ms(setting))
             )  # fmt: skip
     return found
+
+
+def _kinds(gpu: Gpu) -> list[tuple[str, str]]:
+    """(implementation, precision) of what is known; of what is derived the fastest implementation alone."""
+    return [
+        (impl, precision)
+        for impl, precision, head_dim in gpu.rates
+        if head_dim == HEAD_DIM and impl != CUDNN and (gpu.basis == MEASURED or impl == gpu.impl)
+    ]
 
 
 # -- the tokens of the grid ---------------------------------------------------------------------------

@@ -64,6 +64,10 @@ def shipped() -> list[str]:
 def kind_of(model: str) -> Kind:
     config = _config(model)
     name = config.get("_class_name")
+    if not isinstance(name, str | None):
+        raise ValueError(
+            f"{model} is a pipeline of its own code, {name}, which this app never runs."
+        )
     if name in PIPELINES:
         return PIPELINES[name]
     if "architecture" in config:  # as timm saves its models
@@ -105,11 +109,20 @@ def _config(model: str) -> dict[str, Any]:
 
 def _hub_config(model: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     for name in ("model_index.json", "config.json"):
         try:
             return json.loads(Path(hf_hub_download(model, name)).read_text(encoding="utf-8"))
+        except LocalEntryNotFoundError as error:
+            raise ValueError(
+                f"There is no folder {model}, and the Hugging Face Hub cannot be asked for it: no connection, or "
+                "HF_HUB_OFFLINE is set."
+            ) from error
         except EntryNotFoundError:
             continue
         except HFValidationError as error:

@@ -66,18 +66,21 @@ def test_help_is_quick_and_loads_no_torch():
     assert seconds < 5  # 0.4 s on an idle machine; this bound is for a busy one
 
 
-COMMANDS = (
-    "generate",
-    "info",
-    "plan",
-    "simulate",
-    "tune",
-    "calibrate",
-    "demo",
-    "profile",
-    "bench attention",
-    "bench engine",
-)
+def commands(group=None, *names: str) -> list[str]:
+    """Every command there is: 'generate', 'bench attention' ..."""
+    found = group or typer.main.get_command(cli.app)
+    if not hasattr(found, "commands"):
+        return [" ".join(names)]
+    return [
+        each for name, inner in found.commands.items() for each in commands(inner, *names, name)
+    ]
+
+
+COMMANDS = commands()
+
+
+def test_the_commands_are_found():
+    assert {"generate", "info", "bench attention"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,7 +1,9 @@
 """The app without a browser: settings, recipes of strangers, the explorer's pictures, curves, jobs."""
 
 import json
+import os
 import random
+import re
 import shutil
 from pathlib import Path
 from threading import Event, Thread
@@ -14,11 +16,11 @@ from visionfuse import Recipe
 from visionfuse.kernels.order import Order
 from visionfuse.kernels.plan import Neighborhood
 from visionfuse.kernels.plan.neighborhood import neighborhood_mask
-from visionfuse.simulate import Setting, simulate
+from visionfuse.simulate import GPUS, Setting, simulate
 
 gr = pytest.importorskip("gradio", reason="the app needs Gradio: pip install visionfuse[demo]")
 
-from visionfuse.demos import Settings, classify, image, jobs, plans, recipes  # noqa: E402
+from visionfuse.demos import Settings, classify, explorer, image, jobs, plans, recipes  # noqa: E402
 from visionfuse.demos.settings import kind_of, shipped  # noqa: E402
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -60,6 +62,34 @@ def test_pickles_are_refused(tmp_path, name):
     (model / name).write_bytes(b"")
     with pytest.raises(ValueError, match="run code"):
         kind_of(str(model))
+
+
+@pytest.mark.parametrize("where", ["a part", "the pipeline"])
+def test_code_of_a_model_never_runs(tmp_path, where):
+    """A model may name Python files of its own: the app refuses it, at start or when it is asked for."""
+    model = tmp_path / "flux"
+    shutil.copytree(ASSETS / "flux-micro", model, copy_function=os.symlink)
+    index = json.loads((model / "model_index.json").read_text())
+    if where == "a part":
+        index["transformer"] = ["own", "FluxTransformer2DModel"]
+    else:
+        index["_class_name"] = ["own", "FluxPipeline"]
+    (model / "model_index.json").unlink()
+    (model / "model_index.json").write_text(json.dumps(index))
+    mark = tmp_path / "it ran"
+    for file in (model / "own.py", model / "pipeline.py", model / "transformer" / "own.py"):
+        file.write_text(
+            f"open({str(mark)!r}, 'w')\nfrom diffusers import FluxPipeline, FluxTransformer2DModel\n"
+        )
+    with pytest.raises(ValueError, match="code"):
+        jobs.read_pipeline(Settings.of([str(model)]).path("image", "flux"))
+    assert not mark.exists()
+
+
+def test_a_hub_that_cannot_be_asked(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="cannot be asked"):
+        kind_of("owner/a-model-that-nobody-has")
 
 
 def test_what_is_no_model(tmp_path):
@@ -213,6 +243,18 @@ def test_speeds_are_those_of_the_simulator():
     assert first.cudnn == pytest.approx(expected.cudnn_ms)
 
 
+def test_speeds_of_every_gpu_and_how_they_are_known():
+    asked = plans.Asked(grid=(64, 64), spec=Neighborhood(window=24, stride=8), text=128)
+    found = plans.speeds(asked)
+    assert {each.gpu.name for each in found} == {gpu.name for gpu in GPUS}
+    shown = explorer._shown(asked, (20, 30))[3]
+    rows = re.findall(r'<th scope="row">([^<]+)</th>', shown)
+    assert len(rows) == len(found)
+    for name in rows:
+        assert name.endswith("(derived)") != name.startswith("H200,")
+    assert not any("A100" in name and "gluon" in name for name in rows)  # that kernel is Hopper's
+
+
 # -- classification -----------------------------------------------------------------------------------
 
 
@@ -296,6 +338,8 @@ def test_one_job_at_a_time_and_only_ones_own_is_cancelled():
 def test_errors_tell_visitors_what_they_can_put_right(caplog):
     with pytest.raises(gr.Error, match="too large"), jobs.user_errors():
         raise ValueError("too large")
+    with pytest.raises(gr.Error, match="NaN"), jobs.user_errors():
+        raise FloatingPointError("NaN in the output: another precision may help")
     with pytest.raises(gr.Error) as error, jobs.user_errors():
         raise RuntimeError("the secret of the house")
     assert "secret" not in str(error.value)

@@ -1,10 +1,12 @@
 """The app in a real browser: headless Chromium, driven by Playwright, as a visitor would use it."""
 
+import gc
 import json
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ sync_api = pytest.importorskip(
 pytest.importorskip("gradio", reason="the app needs Gradio: pip install visionfuse[demo]")
 
 from visionfuse.demos import Settings, build, launch, recipes  # noqa: E402
+from visionfuse.demos.jobs import Jobs  # noqa: E402
 
 expect = sync_api.expect
 CHROMIUM = next(
@@ -190,6 +193,20 @@ def test_cancel(visit):
     generated(page)
 
 
+def test_who_leaves_keeps_nobody_waiting(visit):
+    """The run of a closed page ends before its next step: long before its 60 steps are done."""
+    page = visit()
+    small(page, side=512, steps=30)
+    page.locator("#image-run").click()
+    expect(page.locator("#image-slider")).to_contain_text("of 30")
+    (running,) = {one for one in gc.get_objects() if type(one) is Jobs and one.busy}
+    page.close()
+    start = time.monotonic()
+    while running.busy and time.monotonic() < start + 60:
+        time.sleep(0.2)
+    assert not running.busy
+
+
 def test_two_visitors_at_once(visit):
     pages = [visit(), visit()]
     for page, prompt in zip(pages, ("a red circle", "a blue star"), strict=True):
@@ -270,6 +287,8 @@ def test_everything_is_in_reach_and_has_a_name(visit, options):
         page.get_by_role("tab", name=tab).click()
         if tab == "Explorer":
             expect(page.locator("#explorer-token img")).to_be_visible()
+            table = page.locator("#explorer-speeds table").bounding_box()
+            assert table["x"] + table["width"] <= page.viewport_size["width"], "a table is cut off"
         wide, window = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
         assert wide <= window, f"{tab} scrolls sideways"
         assert page.evaluate(NAMELESS) == []

@@ -197,6 +197,11 @@ def status_of(url: str, data: bytes | None = None, **headers: str) -> int:
         return error.code
 
 
+def test_it_listens_on_this_machine_alone(server):
+    assert server.startswith("http://127.0.0.1:")
+    assert _listening(os.getpid()) <= {"0100007F"}  # 127.0.0.1; as Linux writes it
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -57,7 +57,51 @@ def test_no_mark_of_our_tools_is_left(site):
     for page in site.rglob("index.html"):
         text = page.read_text(encoding="utf-8")
         assert "&lt;!-- run --&gt;" not in text
-        assert "<!-- table" not in text
+        assert not re.search(r"<!-- /?(?:table|bars|value|run)", text)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("assets/*/README.md")],
+                         ids=lambda p: f"{p.parent.name}/{p.name}")  # fmt: skip
+def test_links_into_pages_meet_a_heading(page):
+    """Those between the pages are checked by the strict build."""
+    slugify = pytest.importorskip("markdown.extensions.toc").slugify
+    for target, anchor in re.findall(
+        r"\]\(([\w./-]*)#([\w-]+)\)", page.read_text(encoding="utf-8")
+    ):
+        text = (page.parent / target if target else page).read_text(encoding="utf-8")
+        headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        assert anchor in {slugify(heading.replace("`", ""), "-") for heading in headings}, (
+            f"{target}#{anchor}"
+        )
+
+
+# -- pictures and numbers -----------------------------------------------------------------------------
+
+PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)]+)\)")
+
+
+@pytest.mark.parametrize("name", ["auto", "dense", "sage", "gna", "sta", "fps", "scale_dit"])
+def test_every_recipe_has_a_picture_and_numbers(name):
+    page = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    _, _, rest = page.partition(f"\n## {name}: ")
+    section = rest.partition("\n## ")[0]
+    assert re.search(rf"recipe_{name}\.png|{name}_micro\.png", section)
+    assert re.search(r"\| [\d.]+(?:x|%)? \|", section), "no table with numbers"
+
+
+def test_every_recipe_has_its_section():
+    page = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    code = (ROOT / "visionfuse" / "recipes.py").read_text(encoding="utf-8")
+    for name in re.findall(r'^@named\("(\w+)"\)', code, re.MULTILINE):
+        assert f"\n## {name}: " in page
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS.glob("*.md"), *ROOT.glob("assets/*/README.md")],
+                         ids=lambda p: f"{p.parent.name}/{p.name}")  # fmt: skip
+def test_pictures_say_in_words_what_they_show(page):
+    for words, target in PICTURE.findall(page.read_text(encoding="utf-8")):
+        assert len(words.split()) >= 4, f"{target} is {words!r} to whom it is read"
+        assert (page.parent / target).stat().st_size < 200_000, f"{target} is large"
 
 
 # -- how fast, how exact ------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from visionfuse.kernels.plan.neighborhood import neighborhood_mask
 from visionfuse.kernels.plan.tile_counts import cuts
 from visionfuse.kernels.plan.tiles import BlockShape, Entry, Table
 from visionfuse.simulate import Setting, box_tiles, dense_ms, simulate
-from visionfuse.simulate.gpus import CUDNN, H200, find_gpu
+from visionfuse.simulate.gpus import CUDNN, GPUS, H200, MEASURED, PEAK, find_gpu, portable_clocks
 from visionfuse.simulate.measured import predictions, read
 from visionfuse.simulate.search import Wanted, search, steps
 
@@ -207,11 +207,50 @@ def test_finds_a_measured_gpu(name):
 
 def test_says_which_gpus_are_known():
     with pytest.raises(
-        ValueError, match=r"Nothing is known of the GPU 'B200'\. Measured: NVIDIA H200"
+        ValueError,
+        match=r"Nothing is known of the GPU 'H100 PCIe'\. Known: NVIDIA H200, NVIDIA H100",
     ):
-        find_gpu("B200")
+        find_gpu("H100 PCIe")  # fewer multiprocessors, half the power
     with pytest.raises(ValueError, match="The speed of triton in precision 'fp8' at head dim 128"):
         H200.rate("triton", "fp8", 128)
+
+
+def test_an_h100_computes_as_an_h200_does():
+    gpu = find_gpu("H100")
+    assert "not measured" in gpu.basis
+    setting, spec = Setting(grid=(64, 64), precision="fp8"), Neighborhood(window=32, stride=8)
+    assert simulate(spec, replace(setting, gpu=gpu)) == simulate(spec, setting)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops", "dense"),
+    [("A100", 312, 233), ("L40S", 362, 307), ("RTX 4090", 165.2, 151), ("B200", 2250, 975)],
+)
+def test_other_gpus_are_derived_from_their_published_peak(name, tflops, dense):
+    """Dense attention stays below the peak, and below what one exponential a pair allows: 16 an SM and clock.
+    dense: what simulate.md says of long calls at head dim 128."""
+    gpu = find_gpu(name)
+    assert "not measured" in gpu.basis
+    assert gpu.impl == "triton"
+    for head_dim in (64, 128):
+        setting = Setting(grid=(128, 128), head_dim=head_dim, impl=gpu.impl, gpu=gpu)
+        pairs = 24 * 128**4 / (dense_ms(setting) * 1e-3)
+        assert tflops / 4 < pairs * 4 * head_dim / 1e12 < 0.95 * tflops
+        assert pairs < 16 * gpu.sms * gpu.mhz * 1e6
+    assert pairs * 512 / 1e12 == pytest.approx(
+        dense, rel=0.03
+    )  # the end of the last round is in it
+
+
+def test_what_is_derived_starts_from_what_was_measured():
+    assert [gpu.name for gpu in GPUS if gpu.basis == MEASURED] == [H200.name]
+    for head_dim in (64, 128):
+        fastest = max(shape.speed for shape in H200.shapes("triton", "model", head_dim))
+        own = 1 / (H200.rate("triton", "model", head_dim) * fastest)
+        assert portable_clocks(head_dim, PEAK) == pytest.approx(own)
+        products, rest = 4 * head_dim / PEAK, portable_clocks(0, PEAK)
+        assert products < own - rest < 1.2 * products
+    assert 1 / 16 < rest < 2 / 16
 
 
 def test_a_tuned_table_brings_its_gpu(tmp_path, monkeypatch):
@@ -231,6 +270,7 @@ def test_a_tuned_table_brings_its_gpu(tmp_path, monkeypatch):
         setting = Setting(grid=(64, 64), impl="triton", gpu=gpu)
         found = simulate(Neighborhood(window=32, stride=8), setting)
         assert found.cudnn_ms is None
+        assert gpu.basis == MEASURED  # no longer derived
         assert (gpu.sms, gpu.mhz, setting.shapes) == (142, 2000, (shape,))
         assert dense_ms(setting) == pytest.approx(24 * 4096**2 / 1e8, rel=0.05)
     finally:

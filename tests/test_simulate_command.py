@@ -35,6 +35,20 @@ def test_a_neighbourhood_in_words_and_in_json():
     assert f"{found['visited']:,} tiles" in words.stdout
 
 
+def test_another_gpu_says_that_it_was_not_measured():
+    words = run("--grid", "64x64", "--window", "24x24", "--gpu", "rtx 4090").stdout
+    assert "derived, not measured" in words
+    assert "triton" in words  # what runs there, unasked
+    found = json.loads(
+        run("--grid", "64x64", "--window", "24x24", "--gpu", "A100", "--json").stdout
+    )
+    assert found["gpu"] == "NVIDIA A100-SXM4-80GB"
+    assert "not measured" in found["speed"]
+    refused = run("--grid", "64x64", "--window", "24x24", "--gpu", "A100", "--impl", "gluon_sm90")
+    assert refused.exit_code == 2
+    assert "triton model at head dim 128" in refused.stderr
+
+
 def test_tiles_of_ones_own_give_the_papers_bound():
     found = run(*HUNYUAN, "--stride", "1x8x8", "--q-tile", "4x8x8", "--kv-tile", "2x8x8")
     assert "9.09x" in found.stdout
@@ -89,7 +103,7 @@ def test_dry_run_writes_nothing(arguments, tmp_path):
         ((), "--grid is needed"),
         (("--grid", "64x64"), "either window"),
         (("--grid", "8x8", "--window", 9), "does not fit"),
-        ((*HUNYUAN, "--gpu", "B200"), "Nothing is known of the GPU 'B200'"),
+        ((*HUNYUAN, "--gpu", "GTX 970"), "Nothing is known of the GPU 'GTX 970'"),
         ((*HUNYUAN, "--impl", "blocks"), "The speed of blocks"),
         ((*HUNYUAN, "--q-tile", "4x8x8"), "both --q-tile and --kv-tile"),
         ((*HUNYUAN, "--q-tile", "8x8", "--kv-tile", "8x8"), "other axes"),

@@ -59,7 +59,7 @@ def user_errors() -> Iterator[None]:
     """What a user can put right is one message and exit code 2, not a traceback."""
     try:
         yield
-    except (ValueError, OSError, NotImplementedError, ImportError) as error:
+    except (ValueError, OSError, NotImplementedError, ImportError, FloatingPointError) as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error))}")
         raise typer.Exit(2) from error
 
@@ -161,6 +161,9 @@ def generate(
     out: Annotated[
         Path | None, typer.Option(help="Where it goes; default: out.png, of a video out.mp4.")
     ] = None,
+    intermediates: Annotated[
+        Path | None, typer.Option(help="Of recipe scale_dit: a folder for pictures on the way.")
+    ] = None,
     compare: Annotated[
         bool,
         typer.Option("--compare", help="Stock and accelerated, side by side; figures in JSON."),
@@ -184,7 +187,12 @@ def generate(
             "height": height, "width": width, "steps": steps, "guidance": guidance,
             "max_sequence_length": max_sequence_length,
         }  # fmt: skip
-        if _films(model):
+        films = _films(model)
+        if intermediates is not None and (compare or films):
+            raise ValueError(
+                "--intermediates is for one picture in two stages (recipe scale_dit), without --compare."
+            )
+        if films:
             from visionfuse.pipelines import wan
 
             wan.film(wan.Request(frames=frames, **given), out or Path("out.mp4"), dtype=dtype,
@@ -197,7 +205,9 @@ def generate(
         from visionfuse.pipelines import flux
         from visionfuse.reporting import report
 
-        request = flux.Request(dtype=dtype, device=device, offload=offload, **given)
+        request = flux.Request(
+            dtype=dtype, device=device, offload=offload, intermediates=intermediates, **given
+        )
         expected = flux.expect(request)
         if dry_run:
             _print_expected(expected, impl)

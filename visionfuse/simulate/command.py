@@ -41,13 +41,18 @@ def simulate(
     ] = 128,
     batch: Annotated[int, typer.Option(help="Batch.", min=1, rich_help_panel=_CALL)] = 1,
     impl: Annotated[
-        str, typer.Option(help="gluon_sm90 or triton.", rich_help_panel=_CALL)
-    ] = "gluon_sm90",
+        str | None,
+        typer.Option(help="gluon_sm90 or triton; default: the faster.", rich_help_panel=_CALL),
+    ] = None,
     precision: Annotated[
         str, typer.Option(help="model, fp8 or int8_fp8.", rich_help_panel=_CALL)
     ] = "model",
     gpu: Annotated[
-        str, typer.Option(help="A GPU that was measured or tuned.", rich_help_panel=_CALL)
+        str,
+        typer.Option(
+            help="H200, what you tuned; derived: H100, A100, L40S, RTX 4090, B200.",
+            rich_help_panel=_CALL,
+        ),
     ] = "H200",
     mhz: Annotated[
         float | None,
@@ -155,6 +160,7 @@ def _setting(grid, text, heads, head_dim, batch, impl, precision, gpu, mhz):
     if grid is None:
         raise ValueError("--grid is needed: the token grid, for example 256x256 or 21x45x80.")
     shape = parse_shape(grid, "--grid")
+    impl = impl or gpu.impl
     gpu.rate(impl, precision, head_dim)  # raises where nothing is known
     setting = Setting(grid=shape, text=text, heads=heads, head_dim=head_dim, batch=batch, impl=impl,
                       precision=precision, gpu=gpu, mhz=mhz)  # fmt: skip
@@ -188,7 +194,9 @@ def _show_one(found: Simulation, setting: Setting, csv: Path | None, as_json: bo
 
     from visionfuse.cli import console
 
-    if _written([found.to_dict()], csv, as_json, one=True):
+    gpu = setting.gpu
+    facts = found.to_dict() | {"gpu": gpu.name, "impl": setting.impl, "speed": gpu.basis}
+    if _written([facts], csv, as_json, one=True):
         return
     tiles = found.tile_count
     table = Table(box=None, show_header=False)
@@ -199,14 +207,15 @@ def _show_one(found: Simulation, setting: Setting, csv: Path | None, as_json: bo
         "visited": f"{tiles.visited:,} tiles: {tiles.full:,} full, {tiles.partial:,} partial",
         "at most, by FLOPs": f"{found.flop_bound:.2f}x",
         "at most, by tiles": f"{tiles.bound:.2f}x, the query tile that visits most",
-        "dealt evenly": f"{tiles.balanced:.2f}x, on {setting.gpu.sms} SMs",
-        "predicted": f"{found.ms:.3g} ms on {setting.gpu.name} at {setting.mhz or setting.gpu.mhz:.0f} MHz",
+        "dealt evenly": f"{tiles.balanced:.2f}x, on {gpu.sms} SMs",
+        "predicted": f"{found.ms:.3g} ms on {gpu.name} at {setting.mhz or gpu.mhz:.0f} MHz",
         "against dense": f"{found.dense_ms / found.ms:.2f}x, {found.dense_ms:.3g} ms",
     }
     if found.cudnn_ms is not None:
         rows["against cuDNN"] = (
             f"{found.cudnn_ms / found.ms:.2f}x, {found.cudnn_ms:.3g} ms in 16 bits"
         )
+    rows["its speed"] = f"{gpu.basis}; {setting.impl}"
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
@@ -272,7 +281,8 @@ def _search(wanted: Wanted, setting: Setting, count: int, plot: Path | None, csv
         speedup_by_density([one for each in found for one in each], setting, plot)
     if _written([one.to_dict() for one in found[0]], csv, as_json):
         return
-    table = Table(title=f"{_times(setting.grid)} on {setting.gpu.name}, predicted")
+    table = Table(title=f"{_times(setting.grid)} on {setting.gpu.name}, predicted",
+                  caption=f"Its speed: {setting.gpu.basis}")  # fmt: skip
     for name in ("window", "stride", "density", "order in", "ms", "dense", "cuDNN"):
         table.add_column(name, justify="left" if name in ("window", "stride", "order in") else "right",
                          no_wrap=True)  # fmt: skip
