@@ -56,6 +56,7 @@ VARIANTS: dict[str, Options] = {
     "compile + fp8 linears": {"compile": True, "linear": "fp8"},
     "sage + compile": {"recipe": "sage", "compile": True},
     "sage + compile + fp8 linears": {"recipe": "sage", "compile": True, "linear": "fp8"},
+    "the same, norms apart": {"recipe": "sage", "compile": True, "linear": "fp8", "fuse": False},
 }
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from statistics import median
@@ -50,7 +51,8 @@ class Request:
     """One image. None leaves a value to the model's own pipeline, or (dtype, device) to this machine.
 
     model: a folder or a name on the Hugging Face Hub. recipe: a name, with its options, a JSON file, or a recipe.
-    impl: the attention implementation, "auto" or a name.
+    impl: the attention implementation, "auto" or a name. intermediates: a folder for the pictures on the way to an
+    image in two stages: small.png, enlarged.png, and previews step_06.png and so on, every `preview_every` steps.
     """
 
     model: str
@@ -67,6 +69,7 @@ class Request:
     dtype: str | None = None
     device: str | None = None
     offload: bool = False
+    intermediates: Path | None = None
 
     @property
     def recipe_name(self) -> str:
@@ -134,6 +137,10 @@ def expect(request: Request) -> Expected:
     Raises ValueError, or OSError where a model cannot be fetched.
     """
     recipe = _recipe(request)
+    if request.intermediates is not None and not isinstance(recipe.plan, Local):
+        raise ValueError(
+            f"Only images in two stages (recipe scale_dit) have intermediates; {recipe.name} has none."
+        )
     _check_model(request.model)
     transformer = FluxTransformer2DModel.load_config(request.model, subfolder="transformer")
     vae = AutoencoderKL.load_config(request.model, subfolder="vae")
@@ -264,7 +271,8 @@ def large_size(request: Request, token: int) -> tuple[int, int]:
 def in_two_stages(pipe: FluxPipeline, request: Request, *, steps: int | None = None) -> Result:
     """One large image and what it was made from, at the size that is nearest to the request's."""
     if steps is not None:
-        request = replace(request, steps=steps, options=request.options | {"fine_steps": None})
+        options = request.options | {"fine_steps": None}
+        request = replace(request, steps=steps, options=options, intermediates=None)
     stages = request.stages
     height, width = large_size(request, 2 * pipe.vae_scale_factor)
     more = {}
@@ -272,8 +280,16 @@ def in_two_stages(pipe: FluxPipeline, request: Request, *, steps: int | None = N
         more["max_sequence_length"] = request.max_sequence_length
     return two_stages(
         pipe, request.prompt, height=height, width=width, stages=stages,
-        generator=torch.Generator("cpu").manual_seed(request.seed), **more,
+        generator=torch.Generator("cpu").manual_seed(request.seed),
+        watch=None if request.intermediates is None else partial(_keep, request.intermediates), **more,
     )  # fmt: skip
+
+
+def _keep(folder: Path, name: str, images: list[Image.Image]) -> None:
+    """One picture on the way; those of steps are numbered so that files lie in their order."""
+    what, _, step = name.partition(" ")
+    folder.mkdir(parents=True, exist_ok=True)
+    images[0].save(folder / (f"{what}_{int(step):02d}.png" if step else f"{what}.png"))
 
 
 def compare(pipe: FluxPipeline, request: Request, *, repeats: int = 1) -> Comparison:
@@ -283,7 +299,7 @@ def compare(pipe: FluxPipeline, request: Request, *, repeats: int = 1) -> Compar
     """
     if isinstance(_recipe(request).plan, Local):
         height, width = large_size(request, 2 * pipe.vae_scale_factor)
-        request = replace(request, height=height, width=width)
+        request = replace(request, height=height, width=width, intermediates=None)
     with enabled(pipe, request):  # what cannot work fails here, before minutes of stock denoising
         pipe.set_progress_bar_config(disable=True)
         generate(pipe, request, steps=1)

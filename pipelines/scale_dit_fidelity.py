@@ -24,6 +24,7 @@ from PIL import Image
 
 from visionfuse.bench.table import Row, show_rows, update_csv
 from visionfuse.pipelines.compare import timed
+from visionfuse.recipes import build
 from visionfuse.scale_dit import TwoStage, two_stages
 from visionfuse.shapes import Scene, arrange, draw, held_out_scenes, judge, pack
 
@@ -41,7 +42,11 @@ WAYS = {
     "scale_dit, 6 fine steps, low band": replace(STAGES, fine_steps=6, low_band=1.0),
     "scale_dit, ntk 4, low band": replace(STAGES, ntk=4.0, low_band=1.0),
     "scale_dit, no guidance": replace(STAGES, guided=False, ntk=1.0),
-}
+    "scale_dit, 6 fine steps, low band, released": replace(STAGES, fine_steps=6, low_band=1.0),
+    "scale_dit, 6 fine steps, low band, numbered windows": replace(STAGES, fine_steps=6, low_band=1.0),
+}  # fmt: skip
+# Options of the recipe, of ways whose names end so.
+RULES = {"released": {"rule": "released"}, "numbered windows": {"guidance": "linear"}}
 PATCH, EDGE = 32, 48  # pixels; levels between the darkest and the brightest of a patch
 
 
@@ -86,7 +91,8 @@ def main() -> None:
     parser.add_argument("--commit", default="")
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    pipe = FluxPipeline.from_pretrained(args.model, dtype=dtype).to(args.device)
+    pipe = FluxPipeline.from_pretrained(args.model, dtype=dtype, use_safetensors=True)
+    pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
     if args.lora:
         pipe.load_lora_weights(args.lora)
@@ -122,8 +128,9 @@ def make(pipe: FluxPipeline, way: str, scenes: list[Scene], side: int, seed: int
         stages = replace(WAYS.get(way, STAGES), scale=SCALES.get(side, 4))
         if way == "enlarged":
             stages = replace(stages, fine_steps=1)
-        made = two_stages(pipe, texts, height=side, width=side, stages=stages, generator=generators,
-                        max_sequence_length=64)  # fmt: skip
+        recipe = build("scale_dit", **RULES.get(way.rpartition(", ")[2], {}))
+        made = two_stages(pipe, texts, height=side, width=side, stages=stages, recipe=recipe,
+                          generator=generators, max_sequence_length=64)  # fmt: skip
         images = made.enlarged if way == "enlarged" else made.images
     return [np.asarray(image.convert("RGB")) for image in images]
 

@@ -92,11 +92,8 @@ class Shapes:
     ):
         if size[0] != size[1]:
             raise ValueError(f"Shapes are drawn on squares, got {size}.")
-        self.side, self.device, self.scenes = (
-            size[0],
-            device,
-            list(islice(training_scenes(0), scenes)),
-        )
+        self.side, self.device = size[0], device
+        self.scenes = list(islice(training_scenes(0), scenes))
 
     def batch(self, count: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
         chosen = [self.scenes[i] for i in torch.randint(len(self.scenes), (count,), generator=generator)]  # fmt: skip
@@ -199,9 +196,8 @@ class Training:
         for step in bar:
             total = 0.0
             for part in range(args.accumulate):
-                seed = (
-                    (args.seed << 40) + (step << 8) + part
-                )  # so that a resumed run sees what one in one piece does
+                # So that a resumed run sees what one in one piece does.
+                seed = (args.seed << 40) + (step << 8) + part
                 set_seed(seed % 2**32)
                 generator = torch.Generator().manual_seed(seed)
                 total += self.backward(*data.batch(args.batch, generator), generator)
@@ -281,7 +277,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.impl == "auto":
         args.impl = "triton" if on_gpu else "blocks"
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    pipe = FluxPipeline.from_pretrained(args.model, dtype=dtype).to(accelerator.device)
+    pipe = FluxPipeline.from_pretrained(args.model, dtype=dtype, use_safetensors=True)
+    pipe.to(accelerator.device)
     data = Shapes(args.size, accelerator.device) if args.shapes else Photos(args.images, args.size)
     set_seed(args.seed)  # of the first weights
     Training(pipe, args, accelerator).run(data)

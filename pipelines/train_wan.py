@@ -30,6 +30,7 @@ from visionfuse.pipelines.muon import muon_and_adamw
 from visionfuse.pipelines.train_wan_data import FRAMES, Samples, folder, shapes, training_shapes
 from visionfuse.pipelines.train_wan_loop import Settings, Source, Trainee, train
 from visionfuse.pipelines.train_wan_phases import Times
+from visionfuse.pipelines.train_wan_teacher import load as load_teacher
 from visionfuse.pipelines.variants import Variant
 from visionfuse.pipelines.wan_micro import forget_origin
 from visionfuse.shapes.video import held_out_clips
@@ -104,6 +105,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         Variant.parse(args.recipe).enable(pipe)
         pipe.vae.to(accelerator.device).requires_grad_(False)
         pipe.text_encoder.to(accelerator.device).requires_grad_(False)
+        teacher = (
+            load_teacher(args.teacher, pipe.transformer, blocks=args.blocks)
+            if args.teacher
+            else None
+        )
         samples, held_out = load_samples(pipe, args, accelerator.process_index)
     except (ValueError, OSError, NotImplementedError) as error:
         parser.error(str(error))
@@ -112,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = Source(samples, args.batch, Times(tuple(args.times)))
     log = train(
         pipe, [source], held_out, settings.after(time.monotonic() - began), args.out, accelerator,
-        lambda trainee: OPTIMIZERS[args.optimizer](trainee, settings.rate), resume=args.resume, compile=args.compile,
+        lambda trainee: OPTIMIZERS[args.optimizer](trainee, settings.rate), teacher=teacher,
+        resume=args.resume, compile=args.compile,
     )  # fmt: skip
     save_model(args.model, pipe.transformer, args.out / "model", accelerator, DTYPES[args.save_dtype])  # fmt: skip
     if accelerator.is_main_process:
@@ -131,6 +138,12 @@ def _parser() -> argparse.ArgumentParser:
         default="fps",
         help="a recipe and its options in quotes, a JSON file, or 'stock'",
     )
+    add(
+        "--teacher",
+        help="distil: folder or name of a WanPipeline whose outputs are learned, not the data's",
+    )
+    add("--blocks", type=float, default=0.2,
+        help="with --teacher: weight of the error of the blocks' outputs (default: 0.2)")  # fmt: skip
     add("--data", default="shapes", help="'shapes' or a folder of videos with a metadata.jsonl")
     add("--out", type=Path, default=Path("runs/train-wan"))
     add("--steps", type=int, help="length of the whole training; or:")

@@ -22,10 +22,12 @@ from accelerate import Accelerator
 from diffusers import WanPipeline
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from visionfuse.pipelines.train_wan_data import Batch, Samples, draw_batch, padded
 from visionfuse.pipelines.train_wan_phases import Phases, Times
+from visionfuse.pipelines.train_wan_teacher import Teacher
 
 SYNC_STEPS = 10  # between looks at the clock, which all processes must agree on
 GAP_TIMES = (0.95, 0.85, 0.6)  # at which the loss of right and wrong captions is compared
@@ -129,10 +131,34 @@ class Log:
         path.write_text(json.dumps({"step": self.step, "seconds": self.seconds, **self.rows}))
 
 
+class Average(EMAModel):
+    """The averaged weights. In a saved state they are whole, where FSDP leaves every process a shard."""
+
+    def state_dict(self) -> dict:
+        state = super().state_dict()
+        whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in self.shadow_params]
+        return state | {"shadow_params": whole}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        own = self.shadow_params
+        super().load_state_dict(state_dict)
+        self.shadow_params = [
+            distribute_tensor(p.to(o.device), o.device_mesh, o.placements) if isinstance(o, DTensor) else p
+            for p, o in zip(self.shadow_params, own, strict=True)
+        ]  # fmt: skip
+
+
 def flow_loss(
-    trainee: nn.Module, batch: Batch, t: Tensor, accelerator: Accelerator
+    trainee: nn.Module,
+    batch: Batch,
+    t: Tensor,
+    accelerator: Accelerator,
+    teacher: Teacher | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean squared error of the velocity `noise - latents` at times `[B]`, and the alignment loss."""
+    """Mean squared error of the velocity `noise - latents` at times `[B]`, and the alignment loss.
+
+    With a teacher that of its velocity, and of its blocks.
+    """
     noisy = torch.lerp(batch.latents, batch.noise, t[:, None, None, None, None])
     text = batch.text
     if (
@@ -140,8 +166,10 @@ def flow_loss(
     ):  # the plan is made for the format that attention meets
         noisy, text = noisy.bfloat16(), text.bfloat16()
     with accelerator.autocast():
+        target = teacher.velocity(noisy, 1000 * t, text) if teacher else batch.noise - batch.latents
         velocity, aligned = trainee(noisy, 1000 * t, text, batch.labels)
-    return F.mse_loss(velocity.float(), batch.noise - batch.latents), aligned.float()
+    loss = F.mse_loss(velocity.float(), target.float())
+    return loss + teacher.error() if teacher else loss, aligned.float()
 
 
 def train(
@@ -154,6 +182,7 @@ def train(
     optimizers: Callable[[Trainee], list[torch.optim.Optimizer]],
     *,
     alignment: nn.Module | None = None,
+    teacher: Teacher | None = None,
     check: Callable[[WanPipeline], dict] | None = None,
     resume: bool = False,
     compile: bool = False,
@@ -161,7 +190,7 @@ def train(
     """Train `pipe.transformer` in place; it has the averaged weights at the end.
 
     The recipe is that of `pipe.enable_visionfuse`, if it is enabled. held_out: for the losses of right and wrong
-    captions.
+    captions. teacher: instead of the data, what is learned.
     check: measures the averaged weights, on the main process, every `check_seconds`. The state is saved under
     `out/state` every `save_seconds` and at the end of a slice, and taken up with `resume`: the losses go on as
     if nothing had happened. `out` also gets log.json and loss.png.
@@ -171,13 +200,17 @@ def train(
     transformer = pipe.transformer.to(accelerator.device).train()
     phases = Phases(pipe, settings.sampling_steps)
     shares = torch.tensor([source.share for source in sources])
-    if compile:
-        compile_blocks(transformer)
+    if teacher is not None:
+        teacher.to(accelerator.device)
+    for each in (transformer, *([teacher.transformer] if teacher else [])) if compile else ():
+        compile_blocks(each)
     trainee = Trainee(transformer, alignment)
     prepared = accelerator.prepare(trainee, *optimizers(trainee))
     model, chosen = prepared[0], list(prepared[1:])
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in chosen]
-    average = EMAModel(transformer.parameters(), decay=settings.ema, foreach=True)
+    weights = list(transformer.parameters())  # FSDP's shards have no copy of many at once
+    foreach = not any(isinstance(p, DTensor) for p in weights)
+    average = Average(weights, decay=settings.ema, foreach=foreach)
     log = Log()
     accelerator.register_for_checkpointing(average, log)
     if resume and (out / "state").is_dir():
@@ -195,6 +228,7 @@ def train(
     def keep() -> None:
         log.seconds = elapsed
         accelerator.save_state(str(out / "state.new"))
+        accelerator.wait_for_everyone()
         if (
             accelerator.is_main_process
         ):  # a run that is cut off while it writes keeps the state before
@@ -232,7 +266,7 @@ def train(
             generator.manual_seed((settings.seed * 1_000_003 + log.step) * 64 + seed[-1])
             t = source.times.draw(source.batch, generator, part.low, part.high)
             t = t.to(accelerator.device)
-            loss, aligned = flow_loss(model, batch, t, accelerator)
+            loss, aligned = flow_loss(model, batch, t, accelerator, teacher)
             accelerator.backward(loss + settings.align * aligned)
             norm = cast(Tensor, accelerator.clip_grad_norm_(model.parameters(), settings.clip))
             for optimizer in chosen:
@@ -295,7 +329,7 @@ def force_eager(compiled: bool):
 
 
 @contextmanager
-def averaged(average: EMAModel, transformer: nn.Module):
+def averaged(average: Average, transformer: nn.Module):
     """The averaged weights for a while."""
     average.store(transformer.parameters())
     average.copy_to(transformer.parameters())

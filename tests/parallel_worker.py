@@ -20,7 +20,9 @@ GNA = {"density": 0.3, "stride": 2, "dense_steps": 1}
 CASES = [
     (flux_pipeline, "gna", {**GNA, **FLUX}),
     (flux_pipeline, "gna", {**GNA, **FLUX, "precision": "int8_fp8"}),
+    (flux_pipeline, "gna", {**GNA, **FLUX, "fuse": True}),
     (wan_pipeline, "gna", {**GNA, **WAN}),
+    (wan_pipeline, "gna", {**GNA, **WAN, "fuse": True}),
     (wan_pipeline, "sage", {}),
     (wan_pipeline, "sta", {"heads": ((1, 1, 3), (1, 2, 1)), "tile": (3, 2, 2), "dense_steps": 1}),
 ]

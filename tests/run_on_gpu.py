@@ -46,6 +46,7 @@ FILES = (
     "test_prologue_compile.py::test_cuda_graphs_and_side_streams",
     "test_prologue_compile.py::test_tensors_of_another_device_than_the_current_one",
     "test_score_bound.py",
+    "test_deferred.py::test_on_a_gpu",
     "test_rational.py",
     "test_kan.py",
     "test_flex.py",

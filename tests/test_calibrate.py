@@ -382,6 +382,8 @@ def test_dry_run_says_what_would_run(tmp_path):
         (("--candidates", "gnaa"), "Did you mean"),
         (("some/model",), "Give --prompts"),
         (("--prompts", "none.txt"), "none.txt"),
+        (("--linear", "int4"), "linear must be"),
+        (("--budget", "-5"), "budget"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message):

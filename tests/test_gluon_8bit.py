@@ -33,9 +33,13 @@ SPECS = {
         f"{name}_rows": replace(spec, k_rows=1) for name, spec in EIGHT_BIT.items()
     },  # a scale a key
     "int8_bf16": PrologueSpec(qk="int8", k_rows=128),  # values in 16 bits
+    **{
+        f"{name}_groups": replace(spec, k_groups=4) for name, spec in EIGHT_BIT.items()
+    },  # four scales for the keys of a block
+    "int8_bf16_groups": PrologueSpec(qk="int8", k_rows=128, k_groups=4),
 }
 # e4m3 weights are summed as they are multiplied, rounded to 4 bits: a sixteenth where one key has all of it.
-LSE_BUDGET = {name: 2e-3 if name == "int8_bf16" else 1 / 16 for name in SPECS}
+LSE_BUDGET = {name: 2e-3 if "bf16" in name else 1 / 16 for name in SPECS}
 
 
 def quantize(q, k, v, precision):
@@ -103,6 +107,9 @@ NAMES += pairs(
     [f"{p}_rows" for p in EIGHT_BIT],
     ["dense", "dense-ragged", "lists-2-groups", "intervals", "bits"],
 )
+NAMES += pairs(["int8_fp8_groups"], ["dense", "dense-ragged", "dense-one-token", "dense-peaked", "lists-2-groups",
+                                    "intervals", "variants", "bits"])  # fmt: skip
+NAMES += pairs(["fp8_groups", "int8_bf16_groups"], ["dense-ragged", "bits"])
 # With a row of numbers added to the scores of every tile: each format and each case at both head dims.
 BIASED = ("dense", "dense-ragged", "lists", "intervals-2-groups", "bits")
 NAMES += [f"{p}-{d}-{BIASED[(i + j) % 5]}+bias" for i, p in enumerate(SPECS)

@@ -189,6 +189,20 @@ def stand_in(layout):
     )  # fmt: skip
 
 
+modules = {}
+
+
+class Native(quantized.Native):
+    def load(self):
+        return modules[self.module]
+
+
+def stand_in_for_triton(monkeypatch, module):
+    monkeypatch.setitem(modules, module.__name__, module)
+    native = Native(module.__name__, "forward", "unsupported", width=WIDTH)
+    monkeypatch.setitem(quantized.NATIVE, "triton", native)
+
+
 @pytest.fixture(params=["channels16", "channels"])
 def kernel(request, monkeypatch):
     """`triton` on a machine where it can run, with operands of the prologue in Triton's interpreter."""
@@ -196,14 +210,7 @@ def kernel(request, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("Triton is not interpreted; tests/test_precision_gpu.py runs the kernels")
     module = stand_in(request.param)
-    native = SimpleNamespace(
-        load=lambda: module,
-        forward="forward",
-        unsupported="unsupported",
-        width=WIDTH,
-        int4="int4",
-    )
-    monkeypatch.setitem(quantized.NATIVE, "triton", native)
+    stand_in_for_triton(monkeypatch, module)
     quantized._answers.clear()
     yield "triton"
     quantized._answers.clear()
@@ -312,14 +319,7 @@ def test_reasons_of_all_three_parts_are_given(kernel, monkeypatch):
     precision = Precision.parse("fp8")
     assert dispatch.unsupported_reasons(kernel, q, k, v, plan, precision) == []
     module = stand_in("channels16")
-    native = SimpleNamespace(
-        load=lambda: module,
-        forward="forward",
-        unsupported="unsupported",
-        width=WIDTH,
-        int4="int4",
-    )
-    monkeypatch.setitem(quantized.NATIVE, "triton", native)
+    stand_in_for_triton(monkeypatch, module)
     quantized._answers.clear()
     module.unsupported = lambda x, plan: [f"head dim {x.q.shape[-1]}", f"dtype {x.q.dtype}"]
     reasons = dispatch.unsupported_reasons(kernel, q, k, v, plan, precision)

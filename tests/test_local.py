@@ -174,6 +174,16 @@ def test_the_published_density(side):
             assert round(100 * squares.visited_density, 3) == SQUARED[side][at]
 
 
+@pytest.mark.slow
+def test_the_published_count_of_a_wide_image():
+    """8192x16384 pixels, whose count of blocks the notebook of the public code prints."""
+    shape = BlockShape(block_q=128, block_k=64, padded=True)
+    spec = Local(guidance="linear")
+    blocks = plan_local(layout_of((512, 1024), (128, 256)), spec, WINDOWS, (shape,)).blocks
+    assert blocks.full.start.numel() == 146728
+    assert blocks.visited_density == pytest.approx(146728 / 37949472, rel=1e-6)
+
+
 @pytest.mark.parametrize("size", [(4096, 2304), (3008, 1984)])
 def test_images_of_any_ratio(size):
     """Of some queries of an image of so many pixels: keys are in one entry or none, and all of the rule are."""
@@ -227,6 +237,16 @@ def test_columns_visit_least():
     assert int(entries[inner & (columns.blocks.q_start < 512 + 128**2)].max()) <= 4 + 6 + 4
     whole = (columns.blocks.full.count == 128).float().mean()
     assert whole > 0.8
+
+
+def test_numbered_windows_are_one_entry():
+    """Windows of the guidance that follow one another by number do so in memory: one run of 48 tokens."""
+    layout = layout_of((128, 128), (32, 32))
+    shape = BlockShape(block_q=128, block_k=128, padded=True)
+    blocks = plan_local(layout, Local(guidance="linear"), Order(), (shape,)).blocks
+    image = ((blocks.q_start >= 512) & (blocks.q_start < layout.offsets[2]))[blocks.full.rows]
+    of_guidance = image & (blocks.full.start >= layout.offsets[2])
+    assert int(of_guidance.sum()) == 128**2 // 128
 
 
 @pytest.mark.parametrize("side", [128, 256])

@@ -268,6 +268,19 @@ def test_eight_bits(precision):
     assert 0.001 < error < 0.08
 
 
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("extra", [0, 3])
+def test_shapes_alone_on_the_meta_device(extra, return_lse):
+    def call(device):
+        q, k, v = (torch.ones(2, 4, 6, heads, 8, device=device) for heads in (4, 2, 2))
+        more = [torch.ones(2, extra, heads, 8, device=device) for heads in (4, 2, 2)]
+        options: dict = {"extra_q": more[0], "extra_kv": (more[1], more[2])} if extra else {}
+        found = neighborhood_attention(q, k, v, 3, return_lse=return_lse, **options)
+        return torch.utils._pytree.tree_map(lambda x: (x.shape, x.dtype), found)
+
+    assert call("meta") == call("cpu")
+
+
 def test_plans_are_made_once():
     q, k, v = torch.randn(3, 1, 10, 11, 2, 8)
     plan = lambda **changes: api._plan(

@@ -230,7 +230,6 @@ def _outside(*command, cwd: Path) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("version", _pythons())
 def test_every_python_takes_the_wheel(wheel, tmp_path, version):
     """pip accepts it there, it compiles in whole, and `import visionfuse` needs nothing else."""
@@ -245,7 +244,6 @@ def test_every_python_takes_the_wheel(wheel, tmp_path, version):
     )
 
 
-@pytest.mark.slow
 def test_a_clean_environment(copy, tmp_path):
     """From the sources to an sdist, to a wheel, into a virtual environment, to the command: outside of the tree."""
     _run("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})",

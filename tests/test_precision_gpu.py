@@ -76,6 +76,9 @@ CASES = {
     "flux-tiles": (FLUX, TileWindow(window=3, tile=(9, 14)), None, "gluon_sm90", "fp8_tile", "bfloat16", 64, 2, 1),
     "flux-tiles-warp": (FLUX, TileWindow(density=0.3), None, "gluon_sm90", "fp8+q_warp", "bfloat16", 128, 2, 2),
     "triton-tiles": (WAN_480P, TileWindow(density=0.25), None, "triton", "fp8_tile", "bfloat16", 64, 1, 1),
+    "threads": (WAN, VIDEO, TILED, "gluon_sm90", "int8_fp8+k_thread", "bfloat16", 128, 2, 1),
+    "threads-smooth-q": (FLUX, WINDOW, None, "gluon_sm90", "int8+k_thread+smooth_q", "bfloat16", 64, 2, 1),
+    "triton-threads": (WAN_480P, ODD_VIDEO, None, "triton", "int8_fp8+k_thread", "float16", 64, 1, 1),
     "triton-dense": (FLUX, Dense(), None, "triton", "int8_fp8", "bfloat16", 128, 1, 1),
 }  # fmt: skip
 # A query in between two codes may fall to either side in fp32 and fp64, which happens as 16-bit numbers have

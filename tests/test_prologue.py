@@ -79,7 +79,6 @@ def check(tensors, spec, **options):
             torch.testing.assert_close(x.double(), y, rtol=float(slack), atol=0)
     size = exact_size(tensors, spec, options)
     values = dequantized(got, spec)
-    assert got.v_mean is None or not got.v_mean.any()
     for name, x, y in zip("qkv", values, true[:3], strict=True):
         code, expected = getattr(got, name), getattr(quantized, name)
         format = spec.v if name == "v" else spec.qk

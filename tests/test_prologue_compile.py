@@ -49,7 +49,7 @@ def op_arguments(spec, options):
     cos, sin = options.get("rotary") or (None, None)
     tensors = {**options, "cos": cos, "sin": sin}
     return (
-        spec.qk, spec.q_rows, spec.k_rows, spec.v, spec.v_layout, spec.v_padding, spec.smooth_k,
+        spec.qk, spec.q_rows, spec.k_rows, spec.k_groups, spec.v, spec.v_layout, spec.v_padding, spec.smooth_k,
         spec.softmax_scale, spec.eps, *(tensors.get(name) for name in SCHEMA_ORDER),
     )  # fmt: skip
 
@@ -125,12 +125,13 @@ def test_tensors_of_another_device_than_the_current_one():
 
 COMPILED = [
     (name, dim, halves)
-    for name in ("same", "int8", "fp8", "blocks")
+    for name in ("same", "int8", "fp8", "blocks", "groups")
     for dim in (64, 128)
     for halves in (False, True)
 ]
 SPECS = {"same": PrologueSpec(smooth_k=True, v_layout="channels"), "int8": INT8, "fp8": FP8,
-         "blocks": replace(FP8, qk="int8", q_rows=128, k_rows=128)}  # fmt: skip
+         "blocks": replace(FP8, qk="int8", q_rows=128, k_rows=128),
+         "groups": replace(FP8, qk="int8", k_rows=128, k_groups=4)}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -416,3 +416,22 @@ def test_empty_tensors():
     out, lse = sage_attention(q, k[:, :, :0], v[:, :, :0], return_lse=True)
     assert not out.any()
     assert (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_check_raises_for_outputs_that_are_not_finite(packed):
+    """With a precision that does not look at its inputs by itself."""
+    q, k, v = torch.randn(3, 1, 2, 10, 16)
+
+    def call(**options):
+        if not packed:
+            return sage_attention(q, k, v, precision="model", **options)
+        ends = torch.tensor([0, 4, 10])
+        lines = [x[0].transpose(0, 1) for x in (q, k, v)]
+        return sage_attention_varlen(*lines, ends, ends, precision="model", **options)
+
+    assert call(check=True).isfinite().all()
+    v[0, 1, 3, 5] = torch.nan
+    assert call().isnan().any()
+    with pytest.raises(FloatingPointError, match="NaN or infinities"):
+        call(check=True)

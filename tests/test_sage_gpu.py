@@ -5,6 +5,7 @@ Without one, nothing here runs; tests/test_sage.py has the same questions for a 
 
 from __future__ import annotations
 
+import math
 import warnings
 from itertools import pairwise
 
@@ -23,7 +24,8 @@ pytestmark = pytest.mark.skipif(
 )
 # Relative L1 error on normal numbers: tests/test_sage_numerics.py has that of the emulation.
 MOST = {"int8_fp8": 0.042, "fp8": 0.058, "int8": 0.016, "int8_fp16": 0.016, "int4_fp8": 0.25,
-        "int8_fp8+smooth_q": 0.042, "int4+smooth_q": 0.24}  # fmt: skip
+        "int8_fp8+smooth_q": 0.042, "int4+smooth_q": 0.24, "int8_fp8+k_thread": 0.042,
+        "int8_fp8+k_thread+smooth_q": 0.042, "int8+k_thread": 0.016}  # fmt: skip
 
 
 def inputs(length_q=1000, length_k=1000, heads=4, kv_heads=2, dim=128, batch=2, offset=0.0):
@@ -206,6 +208,22 @@ def test_compiled_without_graph_breaks(name):
     assert torch.equal(compiled(*tensors), call(*tensors))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("impl", ["gluon_sm90", "triton"])
+def test_tensors_of_another_gpu_than_the_current_one(impl):
+    tensors = inputs(length_q=300)
+    mask = torch.rand(300, 1000, device="cuda") < 0.5
+    for options in ({}, {"is_causal": True}, {"attn_mask": mask}, {"precision": "int4+smooth_q"}):
+        want = sage_attention(*tensors, impl=impl, **options)
+        there = {
+            k: x.to("cuda:1") if isinstance(x, torch.Tensor) else x for k, x in options.items()
+        }
+        got = sage_attention(*(x.to("cuda:1") for x in tensors), impl=impl, **there)
+        assert torch.cuda.current_device() == 0
+        assert got.device == torch.device("cuda:1")
+        assert torch.equal(got.cpu(), want.cpu())
+
+
 def test_gradients_are_those_of_exact_attention():
     q, k, v = (x.requires_grad_() for x in inputs(batch=1))
     seen = torch.ones(1000, 1000, dtype=torch.bool, device="cuda").tril()
@@ -224,6 +242,59 @@ def test_offsets_past_two_to_the_31():
     far = memory.as_strided(k.shape, (0, 0, 1 << 26, 1))
     far.copy_(k)
     assert torch.equal(sage_attention(q, far, v), sage_attention(q, k, v))
+
+
+def test_infinities_are_an_error_where_it_is_asked_for():
+    q, k, v = inputs()
+    sage_attention(q, k, v, check=True)
+    k[1, 0, 500, 3] = torch.inf
+    out = sage_attention(q, k, v)
+    assert out[0].isfinite().all()
+    assert out[1, 2:].isfinite().all()
+    assert out[1, :2].isnan().any()
+    with pytest.raises(FloatingPointError, match="NaN or infinities"):
+        sage_attention(q, k, v, check=True)
+
+
+def needs_memory(gib: float) -> None:
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    if free < gib * 2**30:
+        pytest.skip(f"{free / 2**30:.0f} GiB are free, {gib} are needed")
+
+
+def test_more_than_two_to_the_31_elements_of_queries():
+    """The last of 2^24 queries of 128 channels: as a call of their own."""
+    needs_memory(16)
+    length = (1 << 24) + 777
+    (_, k, v), g = inputs(length_k=300, heads=1, kv_heads=1, batch=1), torch.Generator("cuda")
+    q = torch.empty(1, 1, length, 128, dtype=torch.bfloat16, device="cuda")
+    q.normal_(generator=g.manual_seed(0))
+    assert q.numel() > 2**31
+    out = sage_attention(q, k, v)
+    for some in (slice(0, 960), slice(length - 960, length)):
+        part = q[0, 0, some][None, None]  # a stride of 2^31 would be too much for PyTorch's own
+        assert error(out[:, :, some], exact(part, k, v)) < MOST["int8_fp8"]
+
+
+def test_more_than_two_to_the_31_elements_of_keys():
+    """Nearly all weight lies on the last of 2^24 keys: what is read past 2^31 decides."""
+    needs_memory(20)
+    last = 300
+    q, tail_k, tail_v = inputs(length_q=200, length_k=last, heads=1, kv_heads=1, batch=1)
+    q, tail_k = 4 * q, 4 * tail_k
+    k, v = (
+        torch.zeros(1, 1, (1 << 24) + last, 128, dtype=q.dtype, device="cuda") for _ in range(2)
+    )
+    k[:, :, -last:], v[:, :, -last:] = tail_k, tail_v
+    assert k[:, :, :-last].numel() == 2**31
+    # The other keys have scores of 0 and values of 0: they count in the sum of weights alone.
+    scores = q.double() @ tail_k.double().mT * 128**-0.5
+    weights = torch.cat([scores, torch.full_like(scores[..., :1], math.log(1 << 24))], -1).softmax(
+        -1
+    )
+    want = (weights[..., :-1] @ tail_v.double()).float()
+    assert error(sage_attention(q, k, v), want) < 0.1
 
 
 def test_a_precision_without_a_kernel_says_so():

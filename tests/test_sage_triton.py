@@ -31,7 +31,9 @@ def assert_same(got, want):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("precision", ["int8", "int8+smooth_q", "int8_fp16+k_token"])
+@pytest.mark.parametrize(
+    "precision", ["int8", "int8+smooth_q", "int8+k_thread", "int8_fp16+k_token"]
+)
 @pytest.mark.parametrize("which", ["plain", "causal", "mask", "padding"])
 def test_plans_of_masks(which, precision):
     q, k, v = inputs()

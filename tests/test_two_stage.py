@@ -1,11 +1,13 @@
 """Large images in two stages, with a tiny model on a CPU: sizes, pictures on the way, and what stays as it was."""
 
 import json
+from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
 from PIL import Image
 from typer.testing import CliRunner
@@ -13,7 +15,7 @@ from typer.testing import CliRunner
 import visionfuse
 from visionfuse.cli import app
 from visionfuse.pipelines import flux
-from visionfuse.scale_dit import TwoStage, rounded, two_stages, unit_of
+from visionfuse.scale_dit import TwoStage, rounded, two_stage, two_stages, unit_of
 from visionfuse.scale_dit.two_stage import decode, encode, enlarge
 from visionfuse.testing_pipelines import flux_pipeline
 
@@ -85,8 +87,27 @@ def test_every_option_does_something(changes):
     assert pipe.vae.use_tiling is False
 
 
+def test_large_images_are_decoded_in_tiles(monkeypatch):
+    """From some size on by itself: the image that `tiling=True` gives, which differs at the seams of the tiles."""
+    pipe = quiet_pipe()
+    pipe.vae.tile_sample_min_size = pipe.vae.tile_latent_min_size = 32
+    images = {}
+    for tiling in (True, False):
+        images[tiling] = np.asarray(draw(pipe, stages=replace(FEW, tiling=tiling)).images[0])
+    assert (images[True] != images[False]).any()
+    assert (np.asarray(draw(pipe).images[0]) == images[False]).all()
+    monkeypatch.setattr(two_stage, "TILED_ABOVE", 64 * 96 - 1)
+    assert (np.asarray(draw(pipe).images[0]) == images[True]).all()
+    assert pipe.vae.use_tiling is False
+
+
 def test_the_recipe_of_the_pipeline_is_taken():
     pipe = quiet_pipe()
+    pipe.enable_visionfuse("scale_dit", guidance="linear", window=8)
+    draw(pipe)
+    columns = visionfuse.report(pipe)
+    assert columns.recipe.plan.guidance == "linear"
+    assert columns.denoisers[0].order.tile == (32, 4)
     pipe.enable_visionfuse("scale_dit", rule="released", window=8)
     draw(pipe)
     said = visionfuse.report(pipe).denoisers[0]
@@ -102,13 +123,46 @@ def test_batches():
     assert len(result.images) == len(result.small) == 2
 
 
-def test_offloaded_models():
-    """Each is fetched when it is called, the VAE too, which is called outside of a pipeline: the same image."""
-    pipe = quiet_pipe()
-    plain = draw(pipe).images[0]
+def by_model(pipe):
     pipe.enable_model_cpu_offload(device="cpu")
-    assert (np.asarray(draw(pipe).images[0]) == np.asarray(plain)).all()
+
+
+def by_layer(pipe):
+    """As pipe.enable_sequential_cpu_offload, which names the device cpu:0, for accelerate another than cpu: it raises
+    TypeError in every pipeline."""
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            cpu_offload(part, "cpu", offload_buffers=len(part._parameters) > 0)
+
+
+@pytest.mark.parametrize("recipe", [{}, {"rule": "released"}], ids=str)
+@pytest.mark.parametrize("offload", [by_model, by_layer])
+def test_offloaded_models(offload, recipe):
+    """Weights are fetched when they are used, those of the VAE too, which is called outside of a pipeline: the same
+    image, with pictures on the way, which the VAE makes in between."""
+    pipe = quiet_pipe()
+    pipe.enable_visionfuse("scale_dit", window=8, **recipe)
+    plain = draw(pipe).images[0]
+    offload(pipe)
+    seen = []
+    stages = replace(FEW, preview_every=1)
+    result = draw(pipe, stages=stages, watch=lambda name, images: seen.append(name))
+    assert (np.asarray(result.images[0]) == np.asarray(plain)).all()
+    assert seen == ["small", "enlarged", "step 1"]
     assert hasattr(pipe.transformer, "_hf_hook")
+
+
+def test_previews_lead_to_the_image():
+    pipe, seen = quiet_pipe(), {}
+    stages = TwoStage(steps=6, fine_steps=6, preview_every=2)
+    result = draw(pipe, stages=stages, watch=lambda name, images: seen.update({name: images}))
+    assert list(seen) == ["small", "enlarged", "step 2", "step 4"]
+    assert seen["small"] is result.small
+    assert seen["enlarged"] is result.enlarged
+    final = np.asarray(result.images[0]).astype(float)
+    off = [abs(np.asarray(seen[f"step {n}"][0]) - final).mean() for n in (2, 4)]
+    assert seen["step 2"][0].size == (96, 64)
+    assert off[1] < off[0]
 
 
 def test_odd_sizes_and_ratios():
@@ -134,6 +188,7 @@ def test_sizes():
         ({"scale": 1}, "at least 2"),
         ({"low_band": 2.0}, "low_band"),
         ({"lora": "none"}, "everywhere"),
+        ({"preview_every": 0}, "preview_every"),
     ],
 )
 def test_bad_stages_are_refused(bad, message):
@@ -189,14 +244,17 @@ def folder(tmp_path_factory):
 
 
 def test_the_command_line(folder, tmp_path):
-    out = tmp_path / "large.png"
+    out, on_the_way = tmp_path / "large.png", tmp_path / "on" / "the way"
     done = CliRunner().invoke(app, [
         "generate", str(folder), "words", "--recipe", "scale_dit", "--height", "60", "--width", "100",
         "--steps", "3", "--max-sequence-length", "16", "--dtype", "float32", "--device", "cpu", "--out", str(out),
-        "-o", "window=8", "-o", "fine_steps=2", "-o", "low_band=1.0",
+        "-o", "window=8", "-o", "fine_steps=2", "-o", "low_band=1.0", "--intermediates", str(on_the_way),
+        "-o", "preview_every=1",
     ])  # fmt: skip
     assert done.exit_code == 0, done.output
     assert Image.open(out).size == (96, 64)  # the nearest
+    sizes = {path.name: Image.open(path).size for path in on_the_way.iterdir()}
+    assert sizes == {"small.png": (24, 16), "enlarged.png": (96, 64), "step_01.png": (96, 64)}
     assert "guidance 8x12" in " ".join(done.output.split())
 
 
@@ -212,6 +270,14 @@ def test_what_would_run(folder):
     )
     assert wrong.exit_code == 2
     assert "Did you mean 'rule'" in " ".join(wrong.output.split())
+
+
+def test_other_recipes_have_no_intermediates(folder, tmp_path):
+    done = CliRunner().invoke(
+        app, ["generate", str(folder), "--recipe", "sage", "--intermediates", str(tmp_path)]
+    )
+    assert done.exit_code == 2
+    assert "two stages" in " ".join(done.output.split())
 
 
 def test_beside_direct_drawing(folder, tmp_path):

@@ -111,9 +111,9 @@ def _inductor_options(rounded: Rounded | None) -> dict[str, Any]:
 
 
 def short_gelu(graph: torch.fx.Graph) -> None:
-    """Write GELU's tanh form by a sigmoid. It is the same function, of one exponential; CUDA's tanh is so long
-    that it, and not memory, decides how long the activation takes, and where its output is rounded to 8 bits
-    it is computed twice."""
+    """Write GELU's tanh form by a sigmoid, x / (1 + exp(-y)). It is the same function, of one exponential; CUDA's tanh
+    is so long that it, and not memory, decides how long the activation takes, and where its output is rounded to
+    8 bits it is computed twice."""
     tracer = GraphAppendingTracer(graph)
     for node in graph.find_nodes(op="call_function", target=F.gelu):
         if node.kwargs.get("approximate") == "tanh":
@@ -127,7 +127,10 @@ def _gelu(x: Any) -> Any:
     """Of the place of a tensor in a graph. Inductor makes one kernel of it, float32 inside, and keeps compiled code
     on disk only for operations of PyTorch."""
     a, b = GELU
-    return x * torch.sigmoid(a * (x + b * x * x * x))
+    c = a / math.log(2)
+    # 11 instructions an element instead of 19 by torch.sigmoid: exp2 and rsqrt are one each, a division eight.
+    root = torch.rsqrt(1 + torch.exp2(x * (-c - c * b * (x * x))))
+    return x * (root * root)
 
 
 def _with_fallback(made: Compiled, block: nn.Module, compiled: Callable[..., Any]) -> Callable:

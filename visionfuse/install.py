@@ -18,7 +18,7 @@ CLASSES = {
 
 
 def enable_visionfuse(self, recipe="auto", *, impl: str = "auto", **options) -> None:
-    """Run this pipeline by a recipe, with compile= and linear= beyond its attention; see
+    """Run this pipeline by a recipe, with compile=, linear= and fuse= beyond its attention; see
     `visionfuse.enable_visionfuse`."""
     from .patching import enable_visionfuse
 

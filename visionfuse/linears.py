@@ -17,13 +17,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sites import Denoiser
+if TYPE_CHECKING:
+    from .sites import Denoiser
 
 MULTIPLE = 16  # of both sizes of a weight: 8-bit tensor cores take nothing else
 # As many as an image has: with 32, cuBLAS refused a part of the layers of FLUX.1 (H200).

@@ -32,15 +32,16 @@ class Enabled:
     """What an enabled pipeline carries. Pickles and copies with it, without the record of its runs and without
     compiled graphs.
 
-    linear, compile: what was asked for. rounded, compiled: what that changed in the denoisers themselves, by
+    linear, compile, fuse: what was asked for. rounded, compiled: what that changed in the denoisers themselves, by
         their names.
     """
 
     def __init__(
-        self, pipe: Any, recipe: Recipe, impl: str, linear: Linears | None, compile: dict | None
-    ):
+        self, pipe: Any, recipe: Recipe, impl: str, linear: Linears | None, compile: dict | None,
+        fuse: bool | None = None,
+    ):  # fmt: skip
         self.recipe, self.impl, self.pipe_class = recipe, impl, type(pipe)
-        self.linear, self.compile = linear, compile
+        self.linear, self.compile, self.fuse = linear, compile, fuse
         self.rounded: dict[str, Rounded] = {}
         self.compiled: dict[str, Compiled] = {}
         self._start()
@@ -58,13 +59,14 @@ class Enabled:
             "impl": self.impl,
             "pipe_class": self.pipe_class,
             "linear": self.linear,
+            "fuse": self.fuse,
             "rounded": self.rounded,
         }
 
     def __setstate__(self, state: dict) -> None:
         self.recipe, self.impl = Recipe.from_dict(state["recipe"]), state["impl"]
         self.pipe_class, self.linear, self.compile = state["pipe_class"], state["linear"], None
-        self.rounded, self.compiled = state["rounded"], {}
+        self.fuse, self.rounded, self.compiled = state["fuse"], state["rounded"], {}
         self._start()
 
     def change_models(self, pipe: Any, before: Enabled | None) -> None:
@@ -101,6 +103,7 @@ def enable_visionfuse(
     impl: str = "auto",
     compile: bool | dict[str, Any] = False,
     linear: str | Linears | None = None,
+    fuse: bool | None = None,
     **options,
 ) -> None:
     """Run the denoisers of this pipeline by a recipe from its next call on.
@@ -109,7 +112,10 @@ def enable_visionfuse(
         token and never changes a linear layer.
     impl: the attention implementation, "auto" or a name of `visionfuse.kernels.attention`.
     compile: True to compile the repeated blocks, or options of torch.compile for that; see `compiled`.
-    linear: "fp8" or "int8" to round large linear layers, or `Linears` to choose them; see `linears`.
+    linear: "fp8" or "int8" to round large linear layers, or `Linears` to choose them; see `linears`. None: those of
+        the recipe, if it names any.
+    fuse: whether queries and keys are normed and rotated by the pass that rounds them, where processors are known; see
+        `deferred`. None: where a kernel rounds them.
     options: of the named recipe, for example window, density, stride, dense_steps, precision.
 
     Only this object changes; another pipeline of the same class stays as it is, even where it shares the
@@ -120,10 +126,10 @@ def enable_visionfuse(
     """
     before = get(pipe)
     recipe = resolve(recipe, options)
-    linears = Linears.of(linear)
+    linears = Linears.of(recipe.linear if linear is None else linear)
     compile_options = {} if compile is True else compile or None
     _check_pipe(pipe, recipe, impl, whole=linears is not None or compile_options is not None)
-    vars(pipe)[_KEY] = enabled = Enabled(pipe, recipe, impl, linears, compile_options)
+    vars(pipe)[_KEY] = enabled = Enabled(pipe, recipe, impl, linears, compile_options, fuse)
     enabled.change_models(pipe, before)
 
 
@@ -234,7 +240,7 @@ def _wrap_call(cls: type) -> None:
             if enabled.compiled:
                 stack.enter_context(room_for_graphs())
             if enabled.changes_attention:
-                session = Session(self, enabled.recipe, enabled.impl, enabled.ran)
+                session = Session(self, enabled.recipe, enabled.impl, enabled.ran, enabled.fuse)
                 stack.enter_context(session)
             for compiled in enabled.compiled.values():
                 stack.enter_context(compiled.during_call())

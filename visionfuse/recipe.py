@@ -26,6 +26,7 @@ from typing import Any
 from .kernels.attention.precision import MODEL, Precision
 from .kernels.order import Order
 from .kernels.plan import Dense, Local, Neighborhood, TileWindow
+from .linears import Linears
 from .schedule import PLAN, STOCK, Phase, Schedule
 
 __all__ = ["PLANS", "VERSION", "Phase", "Precision", "Recipe", "Variant"]
@@ -85,6 +86,7 @@ class Recipe:
     plan, precision: what runs wherever the schedule leaves the model's own attention: the variant "plan".
     variants: others, which the phases of the schedule name.
     note: where it comes from, for people.
+    linear: which linear layers are rounded besides, where `enable_visionfuse` is not told otherwise; None: none.
 
     All variants of a run share one order of the tokens, hence the dilation of their neighborhoods and the tile of
     their tile windows.
@@ -97,10 +99,13 @@ class Recipe:
     schedule: Schedule = field(default_factory=Schedule)
     variants: tuple[Variant, ...] = ()
     note: str = ""
+    linear: Linears | None = None
 
     def __post_init__(self):
         if isinstance(self.variants, list):
             object.__setattr__(self, "variants", tuple(self.variants))
+        if self.linear is not None:
+            _check_types(self, "Recipe", linear=Linears)
         _check_types(self, "Recipe", order=Order, plan=tuple(PLANS.values()), precision=Precision,
                      schedule=Schedule)  # fmt: skip
         for variant in self.variants:
@@ -151,6 +156,7 @@ class Recipe:
             "precision": self.precision.to_dict(),
             "variants": [variant.to_dict() for variant in self.variants],
             "schedule": self.schedule.to_dict(),
+            **({} if self.linear is None else {"linear": self.linear.to_dict()}),
         }
 
     @classmethod
@@ -180,6 +186,7 @@ class Recipe:
             precision=_build(Precision, values.get("precision", {}), "precision"),
             variants=tuple(Variant.from_dict(v) for v in values.get("variants", ())),
             schedule=_build(Schedule, schedule | {"phases": phases}, "schedule"),
+            linear=_build(Linears, values["linear"], "linear") if values.get("linear") else None,
         )
 
     def save(self, path: str | Path) -> None:

@@ -272,6 +272,7 @@ def scale_dit(
     rule: str = "columns",
     window: int | tuple[int, ...] = 16,
     block: tuple[int, int] | None = None,
+    guidance: str | None = None,
     precision: str | Precision = "model",
     dense_layers: int | tuple[int, ...] = (),
 ) -> Recipe:
@@ -282,14 +283,16 @@ def scale_dit(
     rule: as in the public code blocks of 128 queries and 64 keys that meet anywhere meet whole, cut along columns
         half a window wide ("columns", which visits least), along a Hilbert curve in windows ("hilbert"), or along the
         windows of the public code, with its quirks ("released"); "token": no blocks, the rule itself.
-    window: tokens per axis. block: (queries, keys) of other blocks. precision: as in "gna".
+    window: tokens per axis. block: (queries, keys) of other blocks. guidance: "windows" around one's own, or those
+        numbered one lower and higher, as in the public code ("linear"). precision: as in "gna".
     """
     if rule not in LOCAL_RULES:
         raise ValueError(f"Unknown rule {rule!r}. Choose one of {', '.join(LOCAL_RULES)}.")
     plan, order = LOCAL_RULES[rule]
+    given = {n: x for n, x in (("block", block), ("guidance", guidance)) if x is not None}
     return Recipe(
         order=order,
-        plan=replace(plan, window=window, block=plan.block if block is None else block),
+        plan=replace(plan, window=window, **given),
         precision=Precision.parse(precision),
         schedule=Schedule(min_steps=0, dense_layers=dense_layers),
     )

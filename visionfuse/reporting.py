@@ -223,8 +223,9 @@ def report(pipe: Any) -> Report:
 
 
 def _changes(enabled: Enabled) -> tuple[tuple[str, str], ...]:
-    """What compile= and linear= did, and what they left alone and why."""
-    kinds = {"linear layers": enabled.rounded, "compiled": enabled.compiled}
+    """What compile=, linear= and fuse= did, and what they left alone and why."""
+    deferred = {name: ran.deferrals for name, ran in enabled.ran.items() if ran.deferrals}
+    kinds = {"linear layers": enabled.rounded, "compiled": enabled.compiled, "fused": deferred}
     return tuple(
         (f"{name}, {kind}", line)
         for kind, made in kinds.items()

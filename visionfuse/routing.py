@@ -21,10 +21,13 @@ from torch import Tensor, nn
 
 from . import parallel
 from .context import ACTIVE
+from .deferred import Backend, deferring
 from .kernels.attention import block_sparse_attention
+from .kernels.attention.projected import Prelude, projected_attention
 
 if TYPE_CHECKING:
     from .kernels.plan import BlockPlan
+    from .sites import Deferral
 
 ATTENTIONS = ("dispatch_attention_fn", "scaled_dot_product_attention")
 
@@ -38,12 +41,13 @@ def refusal(layer: Any) -> str:
     return "" if code is not None and set(ATTENTIONS) & set(code.co_names) else name
 
 
-def route(layer: Any, variant: int = 0) -> Callable[[], None]:
+def route(layer: Any, variant: int = 0, deferral: Deferral | None = None) -> Callable[[], None]:
     """Send the attention calls of a processor or module to `ACTIVE.variants[variant]`. Returns the undoing.
 
-    A processor that several layers share is routed once; their other attention goes on as before.
+    deferral: how it leaves norms and rotary embedding to the kernel; None: it does not. A processor that several
+    layers share is routed once; their other attention goes on as before.
     """
-    return become(layer, lambda own: _routed(own, variant))
+    return become(layer, lambda own: _routed(own, variant, deferral))
 
 
 def become(layer: Any, subclass: Callable[[type], type]) -> Callable[[], None]:
@@ -77,10 +81,13 @@ def _method(cls: type) -> Any:
 
 # Kept, because a compiled graph is guarded by the very class and function it was made with.
 @lru_cache(maxsize=256)
-def _routed(cls: type, variant: int) -> type:
+def _routed(cls: type, variant: int, deferral: Deferral | None = None) -> type:
     """The subclass of `cls` whose method calls our attention."""
     dispatch = "dispatch_attention_fn" in _method(cls).__globals__
-    return rebound(cls, _functional(variant), _dispatch(variant) if dispatch else None)
+    own = rebound(cls, _functional(variant), _dispatch(variant) if dispatch else None)
+    if deferral is not None:
+        own.__call__ = deferring(own.__call__, deferral)
+    return own
 
 
 def rebound(
@@ -160,14 +167,19 @@ def _dispatch(variant: int) -> Callable[..., Tensor]:
     ):  # fmt: skip
         """As in diffusers: q, k, v (B, S, H, D) -> (B, S, H, D)."""
 
+        prelude = None
+        if isinstance(backend, Backend):
+            prelude, backend = backend
+
         def own(mask):
+            q, k = (query, key) if prelude is None else prelude.applied(query, key, value)
             return attention_dispatch.dispatch_attention_fn(
-                query, key, value, mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
+                q, k, value, mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
                 backend=backend, parallel_config=parallel_config,
             )  # fmt: skip
 
         plain = not is_causal and not dropout_p
-        call = Call(query, key, value, attn_mask, scale, plain, parallel_config)
+        call = Call(query, key, value, attn_mask, scale, plain, parallel_config, prelude)
         return _attend(variant, call, own)
 
     return dispatch_attention_fn
@@ -175,7 +187,7 @@ def _dispatch(variant: int) -> Callable[..., Tensor]:
 
 class Call(NamedTuple):
     """One attention call: q, k, v (B, S, H, D). plain: neither causal nor with dropout. split: diffusers'
-    ParallelConfig, where several GPUs share the sequence."""
+    ParallelConfig, where several GPUs share the sequence. prelude: what q and k still lack."""
 
     q: Tensor
     k: Tensor
@@ -184,11 +196,15 @@ class Call(NamedTuple):
     scale: float | None
     plain: bool
     split: Any = None
+    prelude: Prelude | None = None
 
 
 def _attend(variant: int, call: Call, own: Callable[..., Tensor]) -> Tensor:
     """The call by the active plan where it fits, else `own(mask)`, the model's own attention."""
-    q, k, v, mask, scale, plain, split = call
+    q, k, v, mask, scale, plain, split, prelude = call
+    asked = (split, ACTIVE.keys, ACTIVE.probe) != (None, None, None)  # by who else reads q and k
+    if prelude is not None and (asked or torch.is_grad_enabled()):
+        (q, k), prelude = prelude.applied(q, k, v), None
     # No variants: no pipeline call runs, or its present step is a dense one. None: this one is dense now.
     chosen = ACTIVE.variants[variant] if variant < len(ACTIVE.variants) else None
     if chosen is not None:
@@ -199,9 +215,10 @@ def _attend(variant: int, call: Call, own: Callable[..., Tensor]) -> Tensor:
         if plan is not None and plain and (mask is None or ACTIVE.masked):
 
             def ours(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> Tensor:
-                return block_sparse_attention(
-                    q, k, v, plan, scale=scale, impl=chosen.impl, precision=chosen.precision
-                )  # pyright: ignore[reportReturnType]  (a pair only with return_lse)
+                how: Any = {"scale": scale, "impl": chosen.impl, "precision": chosen.precision}
+                if prelude is not None:
+                    return projected_attention(q, k, v, plan, prelude, **how)
+                return block_sparse_attention(q, k, v, plan, **how)
 
             if split is None:
                 return ours(q, k, v, plan)

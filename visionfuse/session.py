@@ -22,6 +22,7 @@ import torch
 
 from . import parallel, routing
 from .context import ACTIVE, LOCK, Routed
+from .deferred import Deferrals
 from .exact import failed_check, faster_kernel
 from .kernels.attention import Precision, select_implementation, unsupported_reasons
 from .kernels.attention.dispatch import is_emulated
@@ -54,6 +55,7 @@ class Ran:
     steps: int | None = None
     calls: dict[str, int] = field(default_factory=lambda: {"plan": 0, "dense": 0})
     notes: dict[str, int] = field(default_factory=dict)
+    deferrals: Deferrals | None = None
 
     @property
     def plan(self) -> AttentionPlan | None:
@@ -70,8 +72,10 @@ class Session:
     # What decides for one denoiser; calibration has its own.
     routing: type[Routing]
 
-    def __init__(self, pipe: Any, recipe: Recipe, impl: str, ran: dict[str, Ran]):
-        self.pipe, self.recipe, self.impl, self.ran = pipe, recipe, impl, ran
+    def __init__(
+        self, pipe: Any, recipe: Recipe, impl: str, ran: dict[str, Ran], fuse: bool | None = None
+    ):
+        self.pipe, self.recipe, self.impl, self.ran, self.fuse = pipe, recipe, impl, ran, fuse
         self.changes: ExitStack | None = None
         self.routings: list[Routing] = []
 
@@ -106,9 +110,7 @@ class Session:
         for each in self.routings:
             output, each.output = each.output, None
             first = output[0] if isinstance(output, (tuple, dict)) else output
-            made = (
-                first if isinstance(first, (tuple, list)) else [first]
-            )  # Z-Image gives a list of pictures
+            made = first if isinstance(first, (tuple, list)) else [first]  # lists are Z-Image's
             if not all(bool(x.isfinite().all()) for x in made if isinstance(x, torch.Tensor)):
                 raise FloatingPointError(
                     f"The output of {each.name} holds NaN or infinities. Attention was rounded, where an infinite query, key or "
@@ -157,16 +159,15 @@ class Routing:
         self.used = [way for way in self.recipe.ways if way.name in scheduled]
         self.memo: dict = {}
         self.orders: dict[int, tuple] = {}  # of a plan: (plan, order of the grid, its inverse)
-        self.processors = [layer.processor for layer in self.site.layers(self.model)]
+        layers = self.site.layers(self.model)
+        self.processors = [layer.processor for layer in layers]
         self.routable = [not routing.refusal(processor) for processor in self.processors]
+        self.deferrals = ran.deferrals = Deferrals.of(self.site, layers, session.fuse)
         self.parameters = list(inspect.signature(type(self.model).forward).parameters)[1:]
         self.names: tuple[str, ...] = ()
         self.undo = ExitStack()
         self.inverse: torch.Tensor | None = None
-        self.rounds, self.output = (
-            False,
-            None,
-        )  # whether a variant rounds, and the last output if so
+        self.rounds, self.output = False, None  # whether a variant rounds, and its last output
         self.order = self.recipe.order
         if why := self.site.row_only(self.model):
             self.order = ROW
@@ -374,7 +375,8 @@ class Routing:
         place = {way.name: index for index, way in enumerate(self.recipe.ways)}
         for processor, name in zip(self.processors, names, strict=False):
             if name != STOCK:
-                self.undo.callback(routing.route(processor, place[name]))
+                deferral = self.deferrals.get(processor, self.ran.ways.get(name))
+                self.undo.callback(routing.route(processor, place[name], deferral))
 
 
 Session.routing = Routing

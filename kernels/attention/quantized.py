@@ -14,9 +14,10 @@ other side was rounded: of scores of 2^30 that leaves 2^6, and exp2 of it is in 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ from .bias import Bias, BlockBias
 from .precision import SCALES, TILE, Groups, Precision
 from .prologue import FORMATS, Operands, PrologueSpec
 
+if TYPE_CHECKING:
+    from .projected import Prelude
+
 SCALE_ROWS = 128  # keys that share a scale of "block"
 
 
@@ -39,6 +43,7 @@ class Native:
     """Where an implementation's kernel for rounded operands is.
 
     width: of its key slots; None: least. int4: how it reads codes of INT4, of the formats of the prologue.
+    key_groups: whether it reads scales of groups of keys; otherwise it gets that of its group for every key.
     """
 
     module: str
@@ -46,13 +51,16 @@ class Native:
     unsupported: str
     width: int | None = None
     int4: str = "int4"
+    key_groups: bool = False
 
     def load(self) -> ModuleType:
         return import_module(f".{self.module}", __package__)
 
 
 NATIVE = {
-    "gluon_sm90": Native("gluon_sm90.eight_bit", "forward", "unsupported", width=SCALE_ROWS),
+    "gluon_sm90": Native(
+        "gluon_sm90.eight_bit", "forward", "unsupported", width=SCALE_ROWS, key_groups=True
+    ),
     "triton": Native("triton", "forward_quantized", "unsupported_quantized", int4="int4x2"),
 }
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -95,6 +103,8 @@ def _reasons(
     if precision.qk == "model":
         reasons.append("qk='model' with rounded values is emulated only")
     for name, groups in _groups(precision).items():
+        if name == "k_scale" and groups == SCALES["thread"][1]:
+            continue
         if groups.tile is None or groups.groups > 1:
             reasons.append(
                 f"{name}={getattr(precision, name)!r} is emulated only: the prologue writes scales of 1 to "
@@ -115,7 +125,7 @@ def _reasons(
     spec = _spec(native, precision)
     reasons += fused.unsupported(q, k, v, spec)
     moved = slots.key_slots(plan, _width(native, plan, precision))
-    shapes = _operand_shapes(q, k, moved.plan.length_k, spec, precision)
+    shapes = _operand_shapes(q, k, moved.plan.length_k, spec, precision, native.key_groups)
     found = _function(module, native.unsupported)(shapes, moved.plan)
     return list(dict.fromkeys(reasons + found))
 
@@ -131,10 +141,12 @@ def forward(
     precision: Precision,
     bias: Bias | None = None,
     order: Orders = IN_PLACE,
+    prelude: Prelude | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """q (B, S_q, H, D), k and v (B, S_k, H_kv, D) -> out (B, S_q, H, D) in q's dtype, lse (B, H, S_q) fp32.
 
-    order: of these tokens beside that of the plan, for kernels that write rows to their places.
+    order: of these tokens beside that of the plan, for kernels that write rows to their places. prelude: of q and k, done
+    by the pass that rounds both, without lse, means of queries and scales by tile.
     """
     native = NATIVE[impl]
     module = native.load()
@@ -155,8 +167,12 @@ def forward(
         from . import query_means
 
         q, q_mean = query_means.without_means(q, plan)
-    spec = _spec(native, precision)
-    x = fused.prologue(q[:, :1] if by_tile else q, k, v, spec, order=q_order, key_order=key_order)
+    spec, more = _spec(native, precision), {}
+    if prelude is not None:
+        spec, more = replace(spec, eps=prelude.eps), prelude.options
+    x = fused.prologue(
+        q[:, :1] if by_tile else q, k, v, spec, order=q_order, key_order=key_order, **more
+    )
     if by_tile:  # the prologue knows no tiles: it had one query to do
         from .query_tiles import round_tiles
 
@@ -165,6 +181,9 @@ def forward(
     elif x.q_scale is not None and spec.q_rows > 1:  # kernels read a scale for every query
         q_scale = x.q_scale.repeat_interleave(spec.q_rows, 2)[..., : q.shape[1]]
         x = x._replace(q_scale=q_scale)
+    if spec.k_groups > 1 and not native.key_groups:
+        assert x.k_scale is not None
+        x = x._replace(k_scale=fused.scale_of_tokens(x.k_scale, spec.k_rows, x.k.shape[1]))
     v_scale = None
     if precision.pv == "fp16" and dtype != torch.float16:
         v_scale = quantize.fp16_scale(v.abs().amax(1, keepdim=True).float())
@@ -175,7 +194,7 @@ def forward(
         moved_bias = BlockBias(
             rows + moved_bias.rows if isinstance(moved_bias, BlockBias) else rows
         )
-    if v_mean is not None and x.v_mean is not None:  # added by the kernel
+    if v_mean is not None and x.v_scale is not None:  # added by the kernel
         x, v_mean = x._replace(v_mean=v_mean[:, 0]), None
     with_lse = return_lse or v_mean is not None
     own = () if order.queries is None else (order.queries,)
@@ -223,6 +242,7 @@ def _spec(native: Native, precision: Precision) -> PrologueSpec:
         qk=native.int4 if precision.qk == "int4" else precision.qk,
         q_rows=groups["q_scale"].tile or 1,
         k_rows=groups["k_scale"].tile or 1,
+        k_groups=groups["k_scale"].groups,
         v="fp8" if precision.pv == "fp8" else "same",
         v_layout=layout if precision.pv == "fp8" else "tokens",
         smooth_k=bool(precision.smooth_k),
@@ -230,7 +250,7 @@ def _spec(native: Native, precision: Precision) -> PrologueSpec:
 
 
 def _operand_shapes(
-    q: Tensor, k: Tensor, length_k: int, spec: PrologueSpec, precision: Precision
+    q: Tensor, k: Tensor, length_k: int, spec: PrologueSpec, precision: Precision, key_groups: bool
 ) -> Operands:
     """Operands of the right shapes, dtypes and device, each one element long: what can be asked before any
     is made."""
@@ -245,16 +265,18 @@ def _operand_shapes(
     if spec.v_layout != "tokens":
         v = (batch, kv_heads, dim, -(-length_k // spec.v_padding) * spec.v_padding)
     code, f32 = FORMATS[spec.qk][0], torch.float32
+    of_keys = (-(-length_k // spec.k_rows), *[spec.k_groups] * (spec.k_groups > 1))
+    if spec.k_groups > 1 and not key_groups:
+        of_keys = (length_k,)
     width = dim // 2 if code == torch.uint8 else dim
     return Operands(
         q=like(code, batch, length_q, heads, width),
         k=like(code, batch, length_k, kv_heads, width),
         v=like(FORMATS[spec.v][0] if spec.v in FORMATS else values, *v),
         q_scale=like(f32, batch, heads, length_q),
-        k_scale=like(f32, batch, kv_heads, -(-length_k // spec.k_rows)),
+        k_scale=like(f32, batch, kv_heads, *of_keys),
         v_scale=like(f32, batch, kv_heads, dim) if spec.v in FORMATS else None,
         k_mean=like(f32, batch, kv_heads, dim) if spec.smooth_k else None,
-        v_mean=like(f32, batch, kv_heads, dim) if spec.v in FORMATS else None,
     )
 
 

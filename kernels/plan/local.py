@@ -114,9 +114,7 @@ def local_bounds(layout: TokenLayout, spec: Local, device=None) -> tuple[Tensor,
             continue
         windows = spec.guidance_windows(image.shape, coarse)
         ratios = zip(place, coarse, segment.shape, windows, strict=True)
-        of_window = [
-            x * m // n // w for x, m, n, w in ratios
-        ]  # the window of the guidance, per axis
+        of_window = [x * m // n // w for x, m, n, w in ratios]  # of the guidance, per axis
         if linear:
             number = torch.zeros_like(of_window[0])
             for x, m, w in zip(of_window, coarse, windows, strict=True):

@@ -173,7 +173,7 @@ class Line(NamedTuple):
             if segment.kind in ("grid", "guidance"):
                 own = order
                 if segment.kind == "guidance":
-                    own = _coarse_order(order, image.shape, segment.shape)
+                    own = _coarse_order(order, image.shape, segment.shape, spec)
                 found = order_grid(segment.shape, own, device=device)
                 permutation, runs = found.permutation, (found.run_q, found.run_k)
                 # Runs shorter than a kept block, as windows of the guidance are, lie in one with others.
@@ -215,11 +215,16 @@ class Line(NamedTuple):
         return cut(self.runs[side][:length], self.segment[:length], block)
 
 
-def _coarse_order(order: Order, grid: tuple[int, ...], coarse: tuple[int, ...]) -> Order:
-    """The order of the guidance: as that of the image, in tiles as much smaller; columns stay as wide."""
+def _coarse_order(
+    order: Order, grid: tuple[int, ...], coarse: tuple[int, ...], spec: Local
+) -> Order:
+    """The order of the guidance: as that of the image, in tiles as much smaller. Columns stay as wide, but where
+    windows are seen by their numbers these follow one another."""
     if order.tile is None:
         return order
     if order.tile[0] >= grid[0]:
+        if spec.guidance == "linear":
+            return Order(kind="tiled", tile=spec.guidance_windows(grid, coarse))
         return Order(kind="tiled", tile=(coarse[0], *map(min, order.tile[1:], coarse[1:])))
     return Order(kind=order.kind, tile=scaled(order.tile, grid, coarse))
 

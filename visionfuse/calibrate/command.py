@@ -31,8 +31,14 @@ def calibrate(
         str | None, typer.Argument(help="Folder or Hugging Face name; default: the shipped model.")
     ] = None,
     budget: Annotated[
-        float, typer.Option(help="Least PSNR to the stock output, in dB, mean over prompts.")
+        float, typer.Option(help="Least PSNR to the stock output, in dB, mean over prompts.", min=0)
     ] = 45.0,
+    linear: Annotated[
+        str | None,
+        typer.Option(
+            help="fp8 or int8: also choose linear layers to round, inside the same budget."
+        ),
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="One prompt a line; default: captions of the shipped model.")
     ] = None,
@@ -90,6 +96,7 @@ def calibrate(
     another --budget needs only the runs that check it.
     """
     from ..cli import MICRO, console, user_errors
+    from ..linears import Linears
 
     with user_errors():
         if out.suffix != ".json":
@@ -102,8 +109,10 @@ def calibrate(
         if model is None and not MICRO.is_dir():
             raise ValueError("The shipped model is not here; name a folder or a model on the Hub.")
         call = (MICRO_CALL if shipped else {}) | {k: v for k, v in given.items() if v is not None}
+        linears = Linears.of(linear)
         texts = read_prompts(prompts, measure + held_out, seed, shipped)
         from .journal import Journal
+        from .linears import run_with_linears
         from .run import Calibration, Task
 
         task = Task(
@@ -124,13 +133,18 @@ def calibrate(
             with progress() as tell:
                 calibration = Calibration(pipe, task, journal, tell)
                 calibration.checks += len(task.candidates) * (compare is not None)
-                found = calibration.run(budget, out.stem, in_order=in_order)
+                if linears is None:
+                    found, more = calibration.run(budget, out.stem, in_order=in_order), ""
+                else:
+                    found, more = run_with_linears(
+                        calibration, linears, budget, out.stem, in_order=in_order
+                    )
                 rows = side_by_side(calibration, found, str(model or MICRO)) if compare else []
         except KeyboardInterrupt:
             console.print(f"Stopped. What ran is kept in {folder}: --resume goes on.",
                           highlight=False, soft_wrap=True)  # fmt: skip
             raise typer.Exit(130) from None
-        save(found, task, str(model or MICRO), gpu_of(pipe, found), out)
+        save(found, task, str(model or MICRO), gpu_of(pipe, found), out, more)
         if plot:
             from .show import plot as draw
 
@@ -268,8 +282,8 @@ def side_by_side(calibration: Calibration, found: Calibrated, model: str) -> lis
     return compare(calibration, found, case_of(calibration.task, model), times)
 
 
-def save(found: Calibrated, task: Task, model: str, gpu: str, out: Path) -> None:
-    """The recipe, with a note of where it comes from, and the summary on the terminal."""
+def save(found: Calibrated, task: Task, model: str, gpu: str, out: Path, more: str = "") -> None:
+    """The recipe, with a note of where it comes from, and the summary on the terminal; more: of linear layers."""
     from statistics import fmean
 
     from ..cli import console
@@ -283,11 +297,12 @@ def save(found: Calibrated, task: Task, model: str, gpu: str, out: Path) -> None
     )
     if found.held_out:
         note += f", {fmean(found.held_out):.1f} dB on {len(found.held_out)} others"
-    recipe = replace(found.recipe, note=note + f"; budget {found.budget:g} dB.")
+    note += f"; budget {found.budget:g} dB." + f" {more}." * bool(more)
+    recipe = replace(found.recipe, note=note)
     out.parent.mkdir(parents=True, exist_ok=True)
     recipe.save(out)
     console.print(show.table(found))
-    for line in show.lines(found, gpu):
+    for line in [*show.lines(found, gpu), *[more] * bool(more)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(f"Recipe: {out}", highlight=False, soft_wrap=True)
 

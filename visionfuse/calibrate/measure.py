@@ -129,7 +129,7 @@ class MeasuringSession(Session):
         timed: frozenset[int] = frozenset(),
         batch: int = 1,
     ):
-        super().__init__(pipe, all_of(candidates), impl, {})
+        super().__init__(pipe, all_of(candidates), impl, {}, fuse=False)
         self.names = [candidate.name for candidate in candidates]
         self.steps, self.every, self.heads, self.timed = steps, every, heads, timed
         self.batch = batch

@@ -140,9 +140,8 @@ class Calibration:
     ):
         found = list(denoisers(pipe))
         if not found:
-            raise ValueError(
-                f"{type(pipe).__name__} has no denoiser that visionfuse knows. Supported are {', '.join(SITES)}."
-            )
+            known = ", ".join(SITES)
+            raise ValueError(f"{type(pipe).__name__} has no known denoiser. Supported are {known}.")
         self.pipe, self.task, self.journal, self.tell = pipe, task, journal, tell
         site, model = found[0].site, found[0].model
         self.blocks = block_classes(model, site.layers(model))
@@ -215,7 +214,8 @@ class Calibration:
 
         self.journal.do(f"stock {stock}", draw_stock)
         facts = recipe.to_dict()
-        what = sha256(json.dumps([facts["variants"], facts["schedule"]]).encode()).hexdigest()[:16]
+        facts = [facts[k] for k in ("variants", "schedule", "linear") if k in facts]
+        what = sha256(json.dumps(facts).encode()).hexdigest()[:16]
         return self.journal.do(f"psnr {stock} {what}", with_recipe)
 
     def measure(self, index: int) -> dict[str, Any]:

@@ -71,6 +71,8 @@ def neighborhood_attention(
     cannot run. Plans and permutations are cached by grid, parameters, device, implementation and head dim.
     """
     grid = _check(q, k, v, extra_kv, extra_q)
+    if q.is_meta:
+        return _shapes_alone(q, extra_q, return_lse)
     if impl == "natten":
         return natten_attention(
             q, k, v, window, stride, dilation, causal, extra_kv=extra_kv, scale=scale,
@@ -103,6 +105,14 @@ def neighborhood_attention(
         return _on_grid(block_sparse_attention(q, k, v, blocks, **options), grid, extra_q)
     out, lse = block_sparse_attention(q, k, v, blocks, return_lse=True, **options)
     return _on_grid(out, grid, extra_q), _on_grid(lse.transpose(1, 2), grid, extra_q)
+
+
+def _shapes_alone(q: Tensor, extra_q: Tensor | None, return_lse: bool) -> Any:
+    """What a call returns on the meta device, where there are no numbers to plan with."""
+    outs = [torch.empty_like(x) for x in (q, extra_q) if x is not None]
+    lses = [x.new_empty(x.shape[:-1], dtype=torch.float32) for x in outs]
+    found = [tuple(x) if extra_q is not None else x[0] for x in (outs, lses)]
+    return tuple(found) if return_lse else found[0]
 
 
 class _Call(NamedTuple):

@@ -26,12 +26,14 @@ DEFAULT_PRECISION = "int8_fp8"
 
 
 class SageOptions(TypedDict, total=False):
-    """precision: a `Precision` or its name; impl: an implementation, "auto" picks. The others are those of
-    `scaled_dot_product_attention`, for calls that were written for it: scale is sm_scale, dropout_p must be 0,
+    """precision: a `Precision` or its name; impl: an implementation, "auto" picks; check: whether to raise
+    FloatingPointError for outputs that are not finite, which waits for the GPU and cannot be compiled or captured. The
+    others are those of `scaled_dot_product_attention`, for calls that were written for it: scale is sm_scale, dropout_p must be 0,
     enable_gqa changes nothing, heads tell."""
 
     precision: str | Precision
     impl: str
+    check: bool
     scale: float | None
     dropout_p: float
     enable_gqa: bool
@@ -67,8 +69,9 @@ def sage_attention(
     Returns out in the layout and dtype of q; queries that see no key are 0. "HND" is a transposed view of (B,
     S_q, H, D), which `out.transpose(1, 2).reshape(...)` takes for free. On a GPU without a kernel for the precision
     exact attention runs, with a warning; without a GPU every precision is emulated, with the same numbers, slowly.
-    Finite inputs give finite outputs, in kernels where scores stay below 2^30; NaN and infinities raise ValueError where they are
-    emulated, and make NaN of what shares a scale on a GPU.
+    Finite inputs give finite outputs, in kernels where scores stay below 2^30. NaN and infinities raise ValueError where
+    they are emulated. A GPU makes NaN of what shares a scale with them, at most of their head: with check=True that
+    raises FloatingPointError.
     Gradients are straight-through: those of exact attention at q, k and v.
 
     Raises ValueError for wrong shapes and values, TypeError for options it does not know, UnsupportedError
@@ -93,12 +96,13 @@ def sage_attention(
         if attn_mask.is_floating_point() and not torch.compiler.is_compiling():
             visible = as_boolean(attn_mask)
             if visible is None:
-                return _exact(q, k, v, attn_mask, tensor_layout, is_causal, scale, return_lse)
+                out = _exact(q, k, v, attn_mask, tensor_layout, is_causal, scale, return_lse)
+                return _checked(out, options)
             attn_mask = visible
     out, lse = sage_attention_op(
         q, k, v, attn_mask, None, None, is_causal, scale, return_lse, precision, impl
     )
-    out = out.transpose(1, 2) if tensor_layout == "HND" else out
+    out = _checked(out.transpose(1, 2) if tensor_layout == "HND" else out, options)
     return (out, lse) if return_lse else out
 
 
@@ -136,6 +140,7 @@ def sage_attention_varlen(
     out, lse = sage_attention_op(
         q, k, v, None, cu_seqlens_q, cu_seqlens_k, is_causal, scale, return_lse, precision, impl
     )
+    out = _checked(out, options)
     return (out[0], lse[0]) if return_lse else out[0]
 
 
@@ -166,6 +171,15 @@ def _options(q: Tensor, sm_scale: float | None, options: SageOptions) -> tuple[f
     if not torch.compiler.is_compiling():
         precision = Precision.parse(precision)
     return float(q.shape[-1] ** -0.5 if scale is None else scale), str(precision), impl
+
+
+def _checked(out: Tensor, options: SageOptions) -> Tensor:
+    if options.get("check") and not bool(out.isfinite().all()):
+        raise FloatingPointError(
+            "The output of sage_attention holds NaN or infinities: an infinite query, key or value spoils all that "
+            'shares its scale. Look at q, k and v, or use precision="model".'
+        )
+    return out
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -10,7 +10,7 @@ small image as guidance. "Scale-DiT" (arXiv 2510.16325), section 3; defaults are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import cos, pi
@@ -32,6 +32,8 @@ from .lora import lora_layers
 FINE_SHARE = 18 / 28  # of the steps, those that the large image runs
 TILED_ABOVE = 2048 * 2048  # pixels, from which on the VAE works in tiles
 
+Watch = Callable[[str, list[Image.Image]], None]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TwoStage:
@@ -48,6 +50,7 @@ class TwoStage:
     shift: of the noise schedule of the large image; None takes that of the longest sequence the scheduler knows.
     cached: keep keys and values of the guidance from step to step, see `Guidance`.
     tiling: whether the VAE works in tiles; None decides by the size.
+    preview_every: steps of the large image from one preview to the next, for who watches.
     lora: where LoRA acts, if there is any: on the guidance everywhere, on the image only where queries, keys and values
         are made, and not on the small image ("guidance", as that of Scale-DiT), or "everywhere", as one of a style.
     """
@@ -64,6 +67,7 @@ class TwoStage:
     shift: float | None = None
     cached: bool = False
     tiling: bool | None = None
+    preview_every: int = 6
     lora: Literal["guidance", "everywhere"] = "guidance"
 
     def __post_init__(self):
@@ -73,6 +77,8 @@ class TwoStage:
             )
         if self.lora not in ("guidance", "everywhere"):
             raise ValueError(f"lora is 'guidance' or 'everywhere', got {self.lora!r}.")
+        if self.preview_every < 1:
+            raise ValueError(f"preview_every must be at least 1, got {self.preview_every}.")
         if self.scale < 2:
             raise ValueError(f"scale must be at least 2, got {self.scale}.")
         if not 0 <= self.low_band <= 1:
@@ -114,12 +120,15 @@ def two_stages(
     stages: TwoStage | None = None,
     recipe: str | Recipe | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
+    watch: Watch | None = None,
     **arguments: Any,
 ) -> Result:
     """Large images of a FluxPipeline, which stays as it is.
 
     height, width: pixels, multiples of `unit_of`. recipe: of the attention of the second stage; None takes what the
         pipeline is enabled with, if that is local attention, and "scale_dit" otherwise.
+    watch: gets pictures on the way as they are made: "small", "enlarged", and while the large ones are drawn, every
+        `stages.preview_every` steps, where they are going: "step 6" and so on.
     arguments: more for both stages, such as max_sequence_length. Offloading is that of `pipe`. Raises ValueError for
     sizes that do not fit.
     """
@@ -150,12 +159,18 @@ def two_stages(
     with _tiles(pipe.vae, stages.tiling, height * width):
         small = decode(pipe, latents, low_height, low_width)
         enlarged = [enlarge(image, stages.scale, stages.sharpen) for image in small]
+        more = dict(arguments)
+        if watch is not None:
+            watch("small", small)
+            watch("enlarged", enlarged)
+            more["callback_on_step_end"] = _Previews(pipe, stages, (height, width), watch)
         clean = encode(pipe, enlarged)
         packed = FluxPipeline._pack_latents(clean, *clean.shape)
         rows, columns = height // unit, width // unit
         guidance = Guidance(
-            latents=latents, coarse=(rows, columns), image=(stages.scale * rows, stages.scale * columns), ntk=stages.ntk, cached=stages.cached, split_lora=stages.lora == "guidance",
-            low_band=packed if stages.low_band else None, strength=_strength(second, stages),
+            latents=latents, coarse=(rows, columns), image=(stages.scale * rows, stages.scale * columns),
+            low_band=packed if stages.low_band else None, strength=_strength(second, stages), ntk=stages.ntk,
+            cached=stages.cached, split_lora=stages.lora == "guidance",
         )  # fmt: skip
         own = get(pipe)
         if recipe is None and own is not None and isinstance(own.recipe.plan, Local):
@@ -167,12 +182,32 @@ def two_stages(
             images = second(
                 prompt, image=clean, height=height, width=width, num_inference_steps=stages.steps,
                 strength=stages.fine / stages.steps, generator=generator,
-                guidance_scale=stages.fine_guidance_scale, **arguments,
+                guidance_scale=stages.fine_guidance_scale, **more,
             ).images  # fmt: skip
         said = report(second)
         second.disable_visionfuse()
     pipe.maybe_free_model_hooks()
     return Result(images=images, small=small, enlarged=enlarged, report=said)
+
+
+class _Previews:
+    """A callback of the second stage that shows, every so many steps, where its image is going: the point at the time
+    0 of the straight line through the last two latents."""
+
+    def __init__(self, pipe: Any, stages: TwoStage, size: tuple[int, int], watch: Watch):
+        self.pipe, self.stages, self.size, self.watch = pipe, stages, size, watch
+        self.before: Tensor | None = None
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, given: dict[str, Tensor]) -> dict:
+        latents, scheduler, done = given["latents"], pipe.scheduler, step + 1
+        if done % self.stages.preview_every == 0 and done < self.stages.fine:
+            clean = latents
+            if self.before is not None:
+                last, now = scheduler.sigmas[scheduler.step_index - 1 : scheduler.step_index + 1]
+                clean = torch.lerp(self.before.float(), latents.float(), float(last / (last - now)))
+            self.watch(f"step {done}", decode(self.pipe, clean, *self.size))
+        self.before = latents
+        return {}
 
 
 def enlarge(image: Image.Image, scale: int, sharpen: float) -> Image.Image:

@@ -6,9 +6,9 @@ padding, and how the tokens are permuted once per forward, where the sequence en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -26,6 +26,18 @@ class Unsupported(NamedTuple):
     """Why a forward keeps the model's own attention."""
 
     reason: str
+
+
+class Deferral(NamedTuple):
+    """How processors of a class leave norms and rotary embedding to the kernel; see `deferred`.
+
+    rotary: the argument of their call that holds the rotary tables; without it they rotate nothing.
+    tables: of it, and of the text (B, S_text, C) if there is one, cos and sin of all tokens of the attention: [S, D]
+        or [1, S, 1, D], every angle at two neighbouring channels.
+    """
+
+    rotary: str
+    tables: Callable[[Any, Tensor | None], tuple[Tensor, Tensor]] = lambda rotary, text: rotary
 
 
 def _stays(model: Model, arguments: Arguments, order: Tensor, memo: dict) -> Arguments:
@@ -48,6 +60,7 @@ class Site:
     permute: arguments with the grid tokens in a new order; `order` is int64 [S_grid].
     restore: the output with its tokens back in the model's order.
     inside: what has to change inside the model for the pipeline call, with its undoing on the stack.
+    deferrals: by the names of their classes, processors that can leave norms and rotary embedding to the kernel.
     """
 
     grid_axes: int
@@ -63,6 +76,7 @@ class Site:
     permute: Callable[[Model, Arguments, Tensor, dict], Arguments] = _stays
     restore: Callable[[Model, Any, Tensor], Any] = lambda model, output, inverse: output
     inside: Callable[[Model, ExitStack], None] = lambda model, stack: None
+    deferrals: Mapping[str, Deferral] = field(default_factory=dict)
 
 
 SITES: dict[str, Site] = {}
@@ -127,6 +141,7 @@ from . import (  # noqa: E402  (they register themselves)
 
 __all__ = [
     "SITES",
+    "Deferral",
     "Denoiser",
     "Model",
     "Site",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.plan import TokenLayout
-from . import SITES, Arguments, Model, Site, Unsupported, once
+from . import SITES, Arguments, Deferral, Model, Site, Unsupported, once
 from .order import map_output, take
 
 MAX_GRIDS = 16
@@ -91,4 +91,8 @@ SITES["FluxTransformer2DModel"] = SITES["Flux2Transformer2DModel"] = Site(
     layout=layout,
     permute=permute,
     restore=restore,
+    deferrals=dict.fromkeys(
+        ("FluxAttnProcessor", "Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor"),
+        Deferral("image_rotary_emb"),
+    ),
 )

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.plan import TokenLayout
 from ..kernels.plan.keys import KeyRanges
-from . import SITES, Arguments, Model, Site, once
+from . import SITES, Arguments, Deferral, Model, Site, once
 from .order import map_output, patch_grid, permute_patches, rope_in_order, set_rope, take
 
 
@@ -59,6 +60,13 @@ def row_only(model: Model) -> str:
     return "the tokens of the first frame must stay first (token_replace)" if replaced else ""
 
 
+def all_tables(rotary: tuple[Tensor, Tensor], text: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Text, behind the video, is not rotated."""
+    rest = (0, 0, 0, 0 if text is None else text.shape[1])
+    cos, sin = rotary
+    return F.pad(cos, rest, value=1.0), F.pad(sin, rest)
+
+
 SITES["HunyuanVideoTransformer3DModel"] = SITES["HunyuanVideo15Transformer3DModel"] = Site(
     grid_axes=3,
     grid_name="frames, rows, columns",
@@ -73,4 +81,8 @@ SITES["HunyuanVideoTransformer3DModel"] = SITES["HunyuanVideo15Transformer3DMode
     permute=permute,
     restore=restore,
     inside=rope_in_order("rope"),
+    deferrals=dict.fromkeys(
+        ("HunyuanVideoAttnProcessor2_0", "HunyuanVideo15AttnProcessor2_0"),
+        Deferral("image_rotary_emb", all_tables),
+    ),
 )

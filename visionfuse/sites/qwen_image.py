@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..kernels.plan import TokenLayout
 from ..kernels.plan.keys import KeyRanges, key_ranges
-from . import SITES, Arguments, Model, Site, Unsupported, once
+from . import SITES, Arguments, Deferral, Model, Site, Unsupported, once
 from .order import map_output, rope_in_order, set_rope, take
 
 
@@ -47,6 +48,13 @@ def permute(model: Model, arguments: Arguments, order: Tensor, memo: dict) -> Ar
     return arguments
 
 
+def all_tables(rotary: tuple[Tensor, Tensor], text: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of complex numbers, one for a pair of channels, of images and of text, which stands first."""
+    images, words = rotary
+    pairs = torch.view_as_real(torch.cat((words, images))).repeat_interleave(2, 1)
+    return pairs[..., 0], pairs[..., 1]
+
+
 SITES["QwenImageTransformer2DModel"] = Site(
     grid_axes=2,
     grid_name="rows, columns",
@@ -57,4 +65,7 @@ SITES["QwenImageTransformer2DModel"] = Site(
     permute=permute,
     restore=lambda model, output, inverse: map_output(output, lambda x: take(x, 1, inverse)),
     inside=rope_in_order("pos_embed"),
+    deferrals={
+        "QwenDoubleStreamAttnProcessor2_0": Deferral("image_rotary_emb", all_tables),
+    },
 )

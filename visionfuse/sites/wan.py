@@ -7,7 +7,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..kernels.plan import TokenLayout
-from . import SITES, Arguments, Model, Site, Unsupported
+from . import SITES, Arguments, Deferral, Model, Site, Unsupported
 from .order import map_output, patch_grid, permute_patches, rope_in_order, set_rope, take
 
 
@@ -47,4 +47,5 @@ SITES["WanTransformer3DModel"] = SITES["WanVACETransformer3DModel"] = Site(
     permute=permute,
     restore=restore,
     inside=rope_in_order("rope"),
+    deferrals={"WanAttnProcessor": Deferral("rotary_emb")},
 )

@@ -2,7 +2,7 @@
 
 Operands come from the prologue, as `prologue.EIGHT_BIT` says: "fp8" is e4m3 throughout, "int8_fp8" has
 queries and keys in int8 and weights and values in e4m3, as in SageAttention2 (Zhang et al., arXiv
-2411.10958). Keys have a scale for every 128 of them or for each. Values may also stay in 16 bits, in rows
+2411.10958). Keys have a scale for every 128 of them, four for these or one for each. Values may also stay in 16 bits, in rows
 of tokens and without scales.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...plan.block_plan import BlockPlan
 from ..bias import BlockBias
-from ..prologue import SWAPPED, Operands
+from ..prologue import K_GROUPS, SWAPPED, Operands
 from .host import BLOCK_K, ROW_STEP, Scales, entries_start_at, launch, reasons_against
 
 MAX_8BIT_VALUES_DIM = 128  # at 256 the two accumulators do not fit into registers
@@ -93,14 +93,17 @@ def forward(
 def _expected_shapes(x: Operands, plan: BlockPlan):
     batch, _, heads, dim = x.q.shape
     kv_heads, blocks = x.k.shape[2], -(-plan.length_k // BLOCK_K)
-    scales = blocks if x.k_scale.shape[2:] != (plan.length_k,) else plan.length_k
+    of_keys = tuple(x.k_scale.shape[2:])
+    if of_keys not in ((plan.length_k,), (blocks, K_GROUPS)):
+        of_keys = (blocks,)
     yield "q", x.q, (batch, plan.length_q, heads, dim)
     yield "k", x.k, (batch, plan.length_k, kv_heads, dim)
     yield "q_scale", x.q_scale, (batch, heads, plan.length_q)
-    yield "k_scale", x.k_scale, (batch, kv_heads, scales)
+    yield "k_scale", x.k_scale, (batch, kv_heads, *of_keys)
     if x.v_scale is None:
         yield "v", x.v, (batch, plan.length_k, kv_heads, dim)
     else:
         yield "v", x.v, (batch, kv_heads, dim, blocks * BLOCK_K)
         yield "v_scale", x.v_scale, (batch, kv_heads, dim)
-        yield "v_mean", x.v_mean, (batch, kv_heads, dim)
+        if x.v_mean is not None:
+            yield "v_mean", x.v_mean, (batch, kv_heads, dim)

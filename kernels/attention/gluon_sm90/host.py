@@ -41,8 +41,8 @@ _MAX_STAGES = {(2, 64): 3, (2, 128): 3, (2, 256): 2, (1, 64): 4, (1, 128): 3, (1
 
 
 class Scales(NamedTuple):
-    """Of quantised operands, fp32: q [B, H, Sq], k [B, Hk, blocks or Sk], v [B, Hk, D] or None; v_mean [B, Hk, D],
-    what is added to outputs, with v."""
+    """Of quantised operands, fp32: q [B, H, Sq], k [B, Hk, blocks or Sk] or [B, Hk, blocks, 4], v [B, Hk, D] or None;
+    v_mean [B, Hk, D], what is added to outputs, or None."""
 
     q: Tensor
     k: Tensor
@@ -87,18 +87,19 @@ def launch(
     groups = 3 if plan.block_q > 2 * ROWS else 2
     masks = masks_of(plan) if plan.partial.start.numel() else None
     parts = split.buffers(work, groups * ROWS, head_dim) if work.slots else None
-    blocks = 0 if scales is None else scales.k.shape[2]
-    k_rows = blocks > -(-plan.length_k // BLOCK_K)
+    of_keys = () if scales is None else tuple(scales.k.shape[2:])
+    k_rows = of_keys == (plan.length_k,) and plan.length_k > 1
     if (k_rows or bias is not None) and not entries_start_at(plan, ROW_STEP):
         raise ValueError(
             f"With rows of numbers a key (a bias or scales) the key blocks of a plan must start at multiples of "
             f"{ROW_STEP}."
         )
     spec = _spec(
-        head_dim, groups, q.element_size(), v.element_size(), scales is not None, k_rows,
+        head_dim, groups, q.element_size(), v.element_size(), scales is not None, k_rows, of_keys[1:],
         q.dtype == torch.int8, bias is not None, most is not None,
         None if masks is None else masks.by_group, masks is not None and masks.mixed,
         ready.whole_end is not None, lse is not None, parts is not None, order is not None,
+        scales is not None and scales.v_mean is not None,
     )  # fmt: skip
 
     def pointer(x: Tensor | None) -> Tensor:
@@ -118,7 +119,7 @@ def launch(
             plan.full.offset, pointer(ready.whole_end), ready.full_start, ready.full_count,
             plan.partial.offset, plan.partial.start, pointer(masks and masks.entries), pointer(masks and masks.bits),
             length, heads, heads // k.shape[2], plan.tiles, plan.variants,
-            blocks, plan.block_q, scale / math.log(2.0),
+            math.prod(of_keys), plan.block_q, scale / math.log(2.0),
             SPEC=spec, num_warps=4, maxnreg=_REGISTERS[groups][0], launch_pdl=True,
         )  # fmt: skip
         if parts is not None:
@@ -140,9 +141,9 @@ def entries_start_at(plan: BlockPlan, multiple: int) -> bool:
 
 @lru_cache(maxsize=256)
 def _spec(
-    head_dim: int, groups: int, qk_bytes: int, v_bytes: int, scaled: bool, k_rows: bool, int8: bool,
-    bias: bool, bounded: bool, by_group: bool | None, mixed: bool, ragged: bool, lse: bool,
-    split: bool, ordered: bool,
+    head_dim: int, groups: int, qk_bytes: int, v_bytes: int, scaled: bool, k_rows: bool,
+    k_groups: tuple[int, ...], int8: bool, bias: bool, bounded: bool, by_group: bool | None, mixed: bool, ragged: bool,
+    lse: bool, split: bool, ordered: bool, v_mean: bool,
 ) -> Spec:  # fmt: skip
     width = _width(head_dim)
     queries = groups * ROWS * width * qk_bytes
@@ -159,7 +160,8 @@ def _spec(
         STAGES=min(_MAX_STAGES[v_bytes, width], (_SHARED_BYTES - queries) // block),
         PARTIAL=by_group is not None, BY_GROUP=by_group is True, BITS=mixed or by_group is False,
         RAGGED=ragged, LSE=lse, SPLIT=split, ORDERED=ordered, SCALED=scaled,
-        K_ROWS=k_rows, OFFSET=int8, BIAS=bias, BOUNDED=bounded, VALUES_8BIT=v_bytes == 1,
+        K_ROWS=k_rows, K_GROUPS=math.prod(k_groups), OFFSET=int8, BIAS=bias, BOUNDED=bounded,
+        VALUES_8BIT=v_bytes == 1, VALUES_MEAN=v_mean,
         LS=accumulator(BLOCK_K, qk_bytes), LO=accumulator(width, v_bytes), LL=accumulator(8, v_bytes),
         REGISTERS=consumer, PRODUCER_REGISTERS=producer,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_wait
 
 from .mask import EMPTY, KIND_SHIFT, WHOLE
-from .policies import attend, ones_like_values, pass_by
+from .policies import attend, for_threads, ones_like_values, pass_by, thread_numbers
 from .types import Boxes, Lists, Outputs, Queries, Ring, Scales, Shared, Sizes, Tile
 
 _EMPTY: gl.constexpr = gl.constexpr(EMPTY)
@@ -153,21 +153,29 @@ def _rows_of_output(o_m, q_start, q_count, outputs, SPEC: gl.constexpr):
 
 
 @gluon.jit
+def _scales_of(block, x, SPEC: gl.constexpr):
+    """The scale of a block of keys, or [1, 4] of every thread of a row."""
+    if SPEC.K_GROUPS > 1:
+        block = (block * SPEC.K_GROUPS + thread_numbers(SPEC))[None, :]
+    return gl.load(x.p_k_scale + block)
+
+
+@gluon.jit
 def _walk(acc, l, m, it, q, first, last, p_start, x, SPEC: gl.constexpr, MASK: gl.constexpr,
           BOUNDED: gl.constexpr):  # fmt: skip
     """Entries first .. last of one list, which begin at p_start[e]."""
-    factor = x.factor
     K_BLOCKS: gl.constexpr = SPEC.SCALED and not SPEC.K_ROWS
     if K_BLOCKS:
         # The scale of an entry's keys is fetched an entry ahead and its place two ahead: neither is
         # waited for.
         block = gl.load(p_start + first, mask=first < last, other=0) // SPEC.BN
-        k_scale = gl.load(x.p_k_scale + block)
+        k_scale = _scales_of(block, x, SPEC)
         block = gl.load(p_start + first + 1, mask=first + 1 < last, other=0) // SPEC.BN
     for e in range(first, last):
+        factor = x.factor
         if K_BLOCKS:
-            factor = x.factor * k_scale
-            k_scale = gl.load(x.p_k_scale + block)
+            factor = factor * k_scale
+            k_scale = _scales_of(block, x, SPEC)
             block = gl.load(p_start + e + 2, mask=e + 2 < last, other=0) // SPEC.BN
         stage = it % SPEC.STAGES
         phase = (it // SPEC.STAGES) & 1
@@ -223,9 +231,11 @@ def _consume(x, SPEC: gl.constexpr, GROUP: gl.constexpr):
         factor = x.scale_log2
         if SPEC.SCALED:
             factor = gl.load(x.scales.p_q + o_head + q_start + o_row) * x.scale_log2
+        if SPEC.K_GROUPS > 1:
+            factor = for_threads(factor, SPEC)
         t = Tile(
             x.ring, lists.p_full_count, lists.p_mask, lists.p_bits, sizes.block_q, o_row,
-            _KIND_SHIFT + 2 * GROUP, factor, x.scales.p_k + kv * sizes.blocks,
+            _KIND_SHIFT + 2 * GROUP, factor, x.scales.p_k + kv * sizes.scales,
         )  # fmt: skip
         acc = gl.zeros([SPEC.BM, SPEC.D], gl.float32, layout=SPEC.LO)
         if SPEC.VALUES_8BIT:
@@ -260,9 +270,11 @@ def _consume(x, SPEC: gl.constexpr, GROUP: gl.constexpr):
         if SPEC.VALUES_8BIT:
             o_v = kv * SPEC.HEAD_DIM + c
             b_v_scale = gl.load(x.scales.p_v + o_v, mask=c < SPEC.HEAD_DIM)
-            b_v_mean = gl.load(x.scales.p_v_mean + o_v, mask=c < SPEC.HEAD_DIM)
-            seen = gl.convert_layout(gl.where(empty, 0.0, 1.0), gl.SliceLayout(1, SPEC.LO))
-            acc = acc * b_v_scale[None, :] + seen[:, None] * b_v_mean[None, :]
+            acc = acc * b_v_scale[None, :]
+            if SPEC.VALUES_MEAN:
+                b_v_mean = gl.load(x.scales.p_v_mean + o_v, mask=c < SPEC.HEAD_DIM)
+                seen = gl.convert_layout(gl.where(empty, 0.0, 1.0), gl.SliceLayout(1, SPEC.LO))
+                acc += seen[:, None] * b_v_mean[None, :]
         outputs = x.outputs
         base = ((b.to(gl.int64) * sizes.length_q + q_start) * sizes.heads + h) * SPEC.HEAD_DIM
         o_out = _rows_of_output(r, q_start, q_count, outputs, SPEC) * (sizes.heads * SPEC.HEAD_DIM)
@@ -316,7 +328,7 @@ def forward_kernel(
     p_order, p_part, p_part_o, p_part_lse,
     p_work_offset, p_work, p_q_start, p_q_count, p_full, p_whole_end, p_full_start, p_full_count,
     p_partial, p_partial_start, p_mask, p_bits,
-    length_q, heads, group, tiles, variants, blocks, block_q, scale_log2, SPEC: gl.constexpr,
+    length_q, heads, group, tiles, variants, scales, block_q, scale_log2, SPEC: gl.constexpr,
 ):  # fmt: skip
     GROUPS: gl.constexpr = SPEC.GROUPS
     STAGES: gl.constexpr = SPEC.STAGES
@@ -339,7 +351,7 @@ def forward_kernel(
         Lists(p_work_offset, p_work, p_q_start, p_q_count, p_full, p_whole_end, p_full_start,
               p_full_count, p_partial, p_partial_start, p_mask, p_bits),
         Scales(p_q_scale, p_k_scale, p_v_scale, p_v_mean, p_most_q, p_most_k),
-        Sizes(length_q, heads, group, tiles, variants, blocks, block_q),
+        Sizes(length_q, heads, group, tiles, variants, scales, block_q),
         Outputs(p_o, p_lse, p_order, p_part, p_part_o, p_part_lse),
         scale_log2,
     )  # fmt: skip

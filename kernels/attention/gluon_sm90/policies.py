@@ -15,7 +15,9 @@ What 8 bits change:
 * The tensor cores sum FP8 products with 14 bits, so every block is summed from zero and added in fp32
   (SageAttention2, arXiv 2411.10958, section 3.4). The addition replaces the rescaling: it is free.
 
-Scales of keys may be one a key instead of one a block, and a row of numbers may be added to the scores of a
+Keys of a block may share a scale with those whose scores the same thread holds, 32 of 128 (SageAttention2,
+section 3.3): a thread then has one factor for a row as before, and applies it before the maxima of threads meet.
+Scales of keys may also be one a key, and a row of numbers may be added to the scores of a
 tile of queries (the mean of queries times the keys, for smoothed queries): these come through shared memory,
 since three warpgroups have no registers left to keep them.
 
@@ -46,75 +48,86 @@ _WEIGHT_LOG2: gl.constexpr = gl.constexpr(8.807)
 _MASK_NUMBER: gl.constexpr = gl.constexpr((1 << KIND_SHIFT) - 1)
 # Where sums of INT8 products begin: as fp32, and its bits.
 _OFFSET: gl.constexpr = gl.constexpr(1.5 * 2.0**23)
+# Bits of a score that a code of INT8 counts, from which sums of these and offsets are too coarse for 16-bit weights.
+_MOST_FACTOR: gl.constexpr = gl.constexpr(8.0)
 _OFFSET_BITS: gl.constexpr = gl.constexpr(0x4B400000)
 
 
-# Masks: scores s [BM, BN] of an entry that are hidden become -inf ----------------------------------
+# Masks ---------------------------------------------------------------------------------------------
 #
 # A thread holds columns 2 c, 2 c + 1 of every 8 of two rows, c its number of four, and gets the bits of a row in one
 # word, in the order of its registers. Written out, because one instruction moves 7 bits of a byte to predicates, if
 # these are tested together: 80 instructions a thread and not 111; LLVM would pack 64 predicates into words.
+#
+# Hidden scores become -inf. Sums of INT8 products begin anyway, and hidden ones at a number under all others: that
+# replaces instructions, and the order as integers stays. 485 instructions a block, 440 without a mask, 570 with -inf.
 
 
-def _hide_asm(rows: int) -> str:
-    """Of the 64 scores of a thread, $64 and on, the hidden ones become -inf; rows: how many words tell, $128 + 2 row."""
+def _choose(rows: int, words: int, seen: str, hidden: str) -> str:
+    """Of the 64 scores of a thread those that are seen, `hidden` for the rest; rows: how many words tell, from operand
+    `words` on."""
     lines = [".reg .b32 bit; .reg .pred p<7>;"]
     for row in range(rows):
         for byte, (first, last) in product(range(0, 32, 8), ((0, 7), (7, 8))):
             tests, choices = [], []
             for p, bit in enumerate(range(byte + first, byte + last)):
-                tests += [f"and.b32 bit, ${128 + 2 * row}, {1 << bit}; setp.ne.s32 p{p}, bit, 0;"]
+                word = f"${words + 2 * row}"
+                tests += [f"and.b32 bit, {word}, {1 << bit}; setp.ne.s32 p{p}, bit, 0;"]
                 at = 4 * (bit // 2) + bit % 2  # of row 0
                 choices += [
-                    f"selp.f32 ${at + 2 * r}, ${64 + at + 2 * r}, 0fFF800000, p{p};"
-                    for r in ((row,) if rows == 2 else (0, 1))
+                    f"selp.b32 ${i}, {seen.format(64 + i)}, {hidden}, p{p};"
+                    for i in ((at + 2 * row,) if rows == 2 else (at, at + 2))
                 ]
             lines += tests + choices
     return "{ " + " ".join(lines) + " }"
 
 
-_HIDE_BITS: gl.constexpr = gl.constexpr(_hide_asm(2))
-_HIDE_RUN: gl.constexpr = gl.constexpr(_hide_asm(1))
+_HIDE_RUN: gl.constexpr = gl.constexpr(_choose(1, 128, "${}", "0xFF800000"))
+_HIDE_BITS: gl.constexpr = gl.constexpr(_choose(2, 128, "${}", "0xFF800000"))
+_BEGIN_RUN: gl.constexpr = gl.constexpr(_choose(1, 64, "0x4B400000", "0xFF000000"))
+_BEGIN_BITS: gl.constexpr = gl.constexpr(_choose(2, 64, "0x4B400000", "0xFF000000"))
 _HIDE_OPERANDS: gl.constexpr = gl.constexpr(",".join(["=f"] * 64 + ["f"] * 64 + ["r"] * 64))
+_BEGIN_OPERANDS: gl.constexpr = gl.constexpr(",".join(["=r"] * 64 + ["r"] * 64))
 
 
 @gluon.jit
-def _hide_run(s, count, SPEC: gl.constexpr):
-    """All columns from count on are hidden."""
-    s = _by_thread(s, SPEC)
-    THREAD: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, s.type.layout))
-    left = count - 2 * gl.arange(
-        0, 4, layout=THREAD
-    )  # columns 8 j + i of a thread below that are seen
-    seen = 2 * (left >> 3) + gl.minimum(left & 7, 2)
-    bits = (gl.full([4], 1, gl.int64, layout=THREAD) << seen) - 1
-    return _hidden(s, bits.to(gl.int32)[None, :], _HIDE_RUN, SPEC)
+def _words_of(e, x, SPEC: gl.constexpr, MASK: gl.constexpr):
+    """What entry e shows, int32: a word for every thread, [1, 4], or also for every row, [BM, 4]."""
+    thread = thread_numbers(SPEC)
+    if MASK == "run":
+        left = (
+            gl.load(x.p_count + e) - 2 * thread
+        )  # columns 8 j + i of a thread below that are seen
+        seen = 2 * (left >> 3) + gl.minimum(left & 7, 2)
+        bits = (gl.full([4], 1, gl.int64, layout=thread.type.layout) << seen) - 1
+        words = bits.to(gl.int32)[None, :]
+    else:
+        row = gl.convert_layout(x.o_row, gl.SliceLayout(1, thread.type.layout.parent))
+        o_entry = (gl.load(x.p_mask + e) & _MASK_NUMBER) * (x.block_q * 4)
+        words = gl.load(x.p_bits + (o_entry + (row[:, None] * 4 + thread[None, :])))
+    return words
 
 
 @gluon.jit
-def _load_bits(e, x, SPEC: gl.constexpr):
-    """The mask of entry e: int32 [BM, 4], a word for every thread and row."""
-    scores = gl.zeros([SPEC.BM, SPEC.BN], gl.float32, layout=SPEC.LS)
-    BY_THREAD: gl.constexpr = gl.SliceLayout(2, _by_thread(scores, SPEC).type.layout)
-    thread = gl.arange(0, 4, layout=gl.SliceLayout(0, BY_THREAD))[None, :]
-    row = gl.convert_layout(x.o_row, gl.SliceLayout(1, BY_THREAD))[:, None]
-    o_entry = (gl.load(x.p_mask + e) & _MASK_NUMBER) * (x.block_q * 4)
-    return gl.load(x.p_bits + (o_entry + (row * 4 + thread)))
-
-
-@gluon.jit
-def _hide_bits(s, bits, SPEC: gl.constexpr):
-    """Where bit j of a thread's word is 0, its column j of the row is hidden."""
-    return _hidden(_by_thread(s, SPEC), bits, _HIDE_BITS, SPEC)
-
-
-@gluon.jit
-def _hidden(s, bits, ASM: gl.constexpr, SPEC: gl.constexpr):
+def _hidden(s, words, SPEC: gl.constexpr, MASK: gl.constexpr):
+    """Scores [BM, BN], -inf where the words have 0."""
+    ASM: gl.constexpr = _HIDE_RUN if MASK == "run" else _HIDE_BITS
     s = gl.inline_asm_elementwise(
-        ASM, _HIDE_OPERANDS, [s, bits[:, :, None]], dtype=gl.float32, is_pure=True, pack=64
+        ASM, _HIDE_OPERANDS, [_by_thread(s, SPEC), words[:, :, None]], dtype=gl.float32,
+        is_pure=True, pack=64,
+    )  # fmt: skip
+    return _by_column(s, SPEC)
+
+
+@gluon.jit
+def _beginnings(words, SPEC: gl.constexpr, MASK: gl.constexpr):
+    """Where sums of INT8 products begin, int32 [BM, BN]."""
+    ASM: gl.constexpr = _BEGIN_RUN if MASK == "run" else _BEGIN_BITS
+    words = words[:, :, None].broadcast_to([SPEC.BM, 4, SPEC.BN // 4])
+    begin = gl.inline_asm_elementwise(
+        ASM, _BEGIN_OPERANDS, [words], dtype=gl.int32, is_pure=True, pack=64
     )
-    s = s.reshape([SPEC.BM, 4, SPEC.BN // 8, 2]).permute((0, 2, 1, 3))
-    return gl.convert_layout(s.reshape([SPEC.BM, SPEC.BN]), SPEC.LS, assert_trivial=True)
+    return _by_column(begin, SPEC)
 
 
 @gluon.jit
@@ -122,6 +135,37 @@ def _by_thread(s, SPEC: gl.constexpr):
     """[BM, BN] as [BM, 4, BN / 4]: the columns of each of the four threads of a row."""
     s = s.reshape([SPEC.BM, SPEC.BN // 8, 4, 2]).permute((0, 2, 1, 3))
     return s.reshape([SPEC.BM, 4, SPEC.BN // 4])
+
+
+@gluon.jit
+def _by_column(s, SPEC: gl.constexpr):
+    """The inverse of `_by_thread`."""
+    s = s.reshape([SPEC.BM, 4, SPEC.BN // 8, 2]).permute((0, 2, 1, 3))
+    return gl.convert_layout(s.reshape([SPEC.BM, SPEC.BN]), SPEC.LS, assert_trivial=True)
+
+
+# Numbers of a row and thread -------------------------------------------------------------------------------
+
+
+@gluon.jit
+def thread_numbers(SPEC: gl.constexpr):
+    """0 .. 3 [4], the threads of a row, where numbers [BM, 4] of rows and threads have their columns."""
+    scores = gl.zeros([SPEC.BM, SPEC.BN], gl.float32, layout=SPEC.LS)
+    BY_THREAD: gl.constexpr = gl.SliceLayout(2, _by_thread(scores, SPEC).type.layout)
+    return gl.arange(0, 4, layout=gl.SliceLayout(0, BY_THREAD))
+
+
+@gluon.jit
+def for_threads(x, SPEC: gl.constexpr):
+    """A number a row [BM] as the same for all threads of a row, [BM, 1]."""
+    THREADS: gl.constexpr = thread_numbers(SPEC).type.layout.parent
+    return gl.convert_layout(x, gl.SliceLayout(1, THREADS), assert_trivial=True)[:, None]
+
+
+@gluon.jit
+def _of_rows(x, SPEC: gl.constexpr):
+    """The largest of every row [BM] of numbers [BM, 4] of rows and threads."""
+    return gl.convert_layout(gl.max(x, axis=1), gl.SliceLayout(1, SPEC.LS), assert_trivial=True)
 
 
 # Rows of a number a key --------------------------------------------------------------------------------
@@ -137,10 +181,26 @@ def _row_of(rows, stage, SPEC: gl.constexpr):
 
 @gluon.jit
 def _per_row(factor, SPEC: gl.constexpr):
-    """The factor as it multiplies [BM, BN]: one for all or one a query."""
-    if SPEC.SCALED:
+    """The factor as it multiplies [BM, BN]: one for all, one a query, or [BM, 4] one a query and thread."""
+    if SPEC.K_GROUPS > 1:
+        factor, _ = gl.broadcast(
+            factor[:, :, None],
+            _by_thread(gl.zeros([SPEC.BM, SPEC.BN], gl.float32, layout=SPEC.LS), SPEC),
+        )
+        factor = _by_column(factor, SPEC)
+    elif SPEC.SCALED:
         factor = factor[:, None]
     return factor
+
+
+@gluon.jit
+def _greatest(s, SPEC: gl.constexpr):
+    """Of every row [BM], or where threads have factors of their own [BM, 4], of each of these."""
+    if SPEC.K_GROUPS > 1:
+        top = gl.max(_by_thread(s, SPEC), axis=2)
+    else:
+        top = gl.max(s, axis=1)
+    return top
 
 
 @gluon.jit
@@ -161,28 +221,31 @@ def attend(acc, l, m, q, e, stage, phase, factor, x, SPEC: gl.constexpr, MASK: g
     """One block of keys and values joins the softmax: the body of the hot loop.
 
     acc [BM, D] and l: weighted values and weights so far, both relative to exp2(m), m [BM]. l is [BM],
-    or with 8-bit values [BM, 8] of equal columns. factor: log2(e) * scale of the scores, one for all or
-    [BM]. MASK: "none", "run" of so many keys as the entry counts, or "bits".
+    or with 8-bit values [BM, 8] of equal columns. factor: log2(e) * scale of the scores, one for all, [BM], or
+    [BM, 4] of every thread of a row. MASK: "none", "run" of so many keys as the entry counts, or "bits".
     BOUNDED: no score is above m, which stays as it is; otherwise m is the running maximum.
     """
     ring = x.ring
-    if MASK == "run":
-        count = gl.load(x.p_count + e)
-    elif MASK == "bits":
-        bits = _load_bits(e, x, SPEC)
+    # Sums of INT8 products, to which neither scales nor rows come before their maximum.
+    SUMS: gl.constexpr = SPEC.OFFSET and not (SPEC.K_ROWS or SPEC.BIAS)
+    if MASK != "none":
+        words = _words_of(e, x, SPEC, MASK)
     mbarrier.wait(ring.k_full.index(stage), phase)
     keys = ring.k.index(stage).reshape([SPEC.BN, SPEC.D]).permute((1, 0))
     if SPEC.OFFSET:
-        begin = gl.full([SPEC.BM, SPEC.BN], _OFFSET_BITS, gl.int32, layout=SPEC.LS)
+        if SUMS and MASK != "none":
+            begin = _beginnings(words, SPEC, MASK)
+        else:
+            begin = gl.full([SPEC.BM, SPEC.BN], _OFFSET_BITS, gl.int32, layout=SPEC.LS)
         s = warpgroup_mma(q, keys, begin, is_async=True)
     else:
         nothing = gl.zeros([SPEC.BM, SPEC.BN], gl.float32, layout=SPEC.LS)
         s = warpgroup_mma(q, keys, nothing, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
-    # Of three at a time, which there is for integers only. Scales and rows added come first.
-    INTEGER_MAX: gl.constexpr = SPEC.OFFSET and MASK == "none" and not (SPEC.K_ROWS or SPEC.BIAS)
-    if INTEGER_MAX:
-        top = gl.max(s, axis=1).to(gl.float32, bitcast=True)
+    if SUMS:  # the maximum of three at a time, which there is for integers only
+        top = _greatest(s, SPEC).to(gl.float32, bitcast=True)
+        if MASK != "none":
+            top = gl.where(top < 0.0, float("-inf"), top)  # nothing seen
     s = s.to(gl.float32, bitcast=True)
     if SPEC.K_ROWS:
         if SPEC.OFFSET:
@@ -192,20 +255,18 @@ def attend(acc, l, m, q, e, stage, phase, factor, x, SPEC: gl.constexpr, MASK: g
     if SPEC.BIAS:
         bias = _row_of(ring.bias, stage, SPEC) * _LOG2E
         s = s * _per_row(factor, SPEC) + bias[None, :]
-    if MASK == "run":
-        s = _hide_run(s, count, SPEC)
-    elif MASK == "bits":
-        s = _hide_bits(s, bits, SPEC)
+    if MASK != "none" and not SUMS:
+        s = _hidden(s, words, SPEC, MASK)
     if SPEC.SCALED and MASK != "none":
-        factor = gl.maximum(factor, 1.0e-37)  # -inf * 0 is no number
+        factor = gl.maximum(factor, 1.0e-35)  # -inf * 0 is no number, and -2^127 * 0 is not hidden
     mbarrier.arrive(ring.k_empty.index(stage), count=1)
 
     if BOUNDED:
         p = gl.exp2(s * factor - m[:, None])
         rescale = 1.0
     else:
-        if not INTEGER_MAX:
-            top = gl.max(s, axis=1)
+        if not SUMS:
+            top = _greatest(s, SPEC)
         if SPEC.BIAS:
             if OFFSET:
                 top -= _OFFSET * factor
@@ -213,6 +274,8 @@ def attend(acc, l, m, q, e, stage, phase, factor, x, SPEC: gl.constexpr, MASK: g
             top = (top - _OFFSET) * factor
         else:
             top = top * factor
+        if SPEC.K_GROUPS > 1:
+            top = _of_rows(top, SPEC)
         if SPEC.VALUES_8BIT:
             top -= _WEIGHT_LOG2
         m_new = gl.maximum(m, top)
@@ -221,12 +284,19 @@ def attend(acc, l, m, q, e, stage, phase, factor, x, SPEC: gl.constexpr, MASK: g
             offset = gl.where(m_new == float("-inf"), 0.0, m_new)
         rescale = gl.exp2(m - offset)
         m = m_new
+        b_offset = offset[:, None]
         if OFFSET:
-            offset += _OFFSET * factor
+            # The sum is off by up to 0.75 factors: of weights in 16 bits none may be infinite.
+            start = _OFFSET
+            if not SPEC.VALUES_8BIT:
+                start = gl.where(factor > _MOST_FACTOR, _OFFSET + 2.0, _OFFSET)
+            if SPEC.K_GROUPS > 1:
+                offset = for_threads(offset, SPEC)
+            b_offset = _per_row(offset + start * factor, SPEC)
         if SPEC.BIAS:
-            p = gl.exp2(s - offset[:, None])
+            p = gl.exp2(s - b_offset)
         else:
-            p = gl.exp2(s * _per_row(factor, SPEC) - offset[:, None])
+            p = gl.exp2(s * _per_row(factor, SPEC) - b_offset)
     if SPEC.VALUES_8BIT:
         acc, l = _add_8bit(acc, l, p, rescale, stage, phase, ring, SPEC)
     elif BOUNDED:

@@ -19,9 +19,9 @@ class Spec:
     are neither. RAGGED: there are full entries of fewer than BN keys.
     SPLIT: some tiles are computed in parts, of some entries each, which `split` puts together.
     ORDERED: rows of the output have places of their own.
-    SCALED: queries and keys have scales, keys one a block, or with K_ROWS one a key.
+    SCALED: queries and keys have scales, keys one a block, K_GROUPS a block, or with K_ROWS one a key.
     OFFSET: sums are of INT8 products, see policies. BIAS: a row is added to the scores of every tile.
-    VALUES_8BIT: e4m3, transposed, a scale a channel. BOUNDED: there are bounds of the scores.
+    VALUES_8BIT: e4m3, transposed, a scale a channel. VALUES_MEAN: outputs get a number a channel added. BOUNDED: there are bounds of the scores.
     LS, LO, LL: layouts of scores, output and sums of weights.
     """
 
@@ -40,9 +40,11 @@ class Spec:
     ORDERED: bool
     SCALED: bool
     K_ROWS: bool
+    K_GROUPS: int
     OFFSET: bool
     BIAS: bool
     VALUES_8BIT: bool
+    VALUES_MEAN: bool
     BOUNDED: bool
     LS: gl.NVMMADistributedLayout
     LO: gl.NVMMADistributedLayout
@@ -112,14 +114,14 @@ class Scales(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """group: query heads that share a key head; blocks: of keys, each with a scale; block_q: rows of bits."""
+    """group: query heads that share a key head; scales: of the keys of a head; block_q: rows of bits."""
 
     length_q: gl.tensor
     heads: gl.tensor
     group: gl.tensor
     tiles: gl.tensor
     variants: gl.tensor
-    blocks: gl.tensor
+    scales: gl.tensor
     block_q: gl.tensor
 
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, library
 
 from ..api import UnsupportedError
-from .plain import dequantized, pack_int4, reference, unpack_int4
+from .plain import dequantized, pack_int4, reference, scale_of_tokens, unpack_int4
 from .spec import (
     EIGHT_BIT,
     FORMATS,
+    K_GROUPS,
     LAYOUTS,
     MAX_HEAD_DIM,
     MAX_ROWS,
@@ -29,9 +30,9 @@ from .spec import (
     mean_step,
 )
 
-__all__ = ["EIGHT_BIT", "FORMATS", "LAYOUTS", "MAX_HEAD_DIM", "MAX_ROWS", "SWAPPED", "TINY", "Operands",
+__all__ = ["EIGHT_BIT", "FORMATS", "K_GROUPS", "LAYOUTS", "MAX_HEAD_DIM", "MAX_ROWS", "SWAPPED", "TINY", "Operands",
            "PrologueSpec", "dequantized", "mean_step", "pack_int4", "prologue", "reference",
-           "unpack_int4"]  # fmt: skip
+           "scale_of_tokens", "unpack_int4"]  # fmt: skip
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -76,7 +77,7 @@ def prologue(
     cos, sin = (None, None) if rotary is None else rotary
     if torch.compiler.is_compiling():
         found = prologue_op(
-            q, k, v, spec.qk, spec.q_rows, spec.k_rows, spec.v, spec.v_layout, spec.v_padding,
+            q, k, v, spec.qk, spec.q_rows, spec.k_rows, spec.k_groups, spec.v, spec.v_layout, spec.v_padding,
             spec.smooth_k, spec.softmax_scale, spec.eps, norm_q, norm_k, cos, sin, order, key_order,
         )  # fmt: skip
         return _operands(found, v, spec)
@@ -117,6 +118,7 @@ def prologue_op(
     qk_format: str,
     q_rows: int,
     k_rows: int,
+    k_groups: int,
     v_format: str,
     v_layout: str,
     v_padding: int,
@@ -132,7 +134,7 @@ def prologue_op(
 ) -> list[Tensor]:
     """The fields of `Operands` that are not None and not the input v, in their order."""
     spec = PrologueSpec(
-        qk=qk_format, q_rows=q_rows, k_rows=k_rows, v=v_format, v_layout=v_layout,
+        qk=qk_format, q_rows=q_rows, k_rows=k_rows, k_groups=k_groups, v=v_format, v_layout=v_layout,
         v_padding=v_padding, smooth_k=smooth_k, softmax_scale=softmax_scale,
         eps=eps,
     )  # fmt: skip
@@ -142,7 +144,7 @@ def prologue_op(
 
 @prologue_op.register_fake
 def _(
-    q, k, v, qk_format, q_rows, k_rows, v_format, v_layout, v_padding, smooth_k, softmax_scale, eps,
+    q, k, v, qk_format, q_rows, k_rows, k_groups, v_format, v_layout, v_padding, smooth_k, softmax_scale, eps,
     norm_q, norm_k, cos, sin, order, key_order,
 ):  # fmt: skip
     (batch, length_q, heads, dim), (_, length_k, kv_heads, _) = q.shape, k.shape
@@ -167,12 +169,10 @@ def _(
         found.append(q.new_empty(shape, dtype=dtype))
     if qk_format != "same":
         found.append(float32(batch, heads, -(-length_q // q_rows)))
-        found.append(float32(batch, kv_heads, -(-length_k // k_rows)))
+        found.append(float32(batch, kv_heads, -(-length_k // k_rows), *[k_groups] * (k_groups > 1)))
     if v_format != "same":
         found.append(float32(batch, kv_heads, dim))
     if smooth_k:
-        found.append(float32(batch, kv_heads, dim))
-    if v_format != "same":
         found.append(float32(batch, kv_heads, dim))
     return found
 
@@ -180,10 +180,10 @@ def _(
 def _operands(found: list[Tensor], v: Tensor, spec: PrologueSpec) -> Operands:
     """What `prologue_op` leaves out is put back."""
     scaled, rounded = 2 * (spec.qk != "same"), int(spec.v != "same")
-    count = 2 + scaled + 2 * rounded + spec.smooth_k
+    count = 2 + scaled + rounded + spec.smooth_k
     rest = iter(found[2:])
     v_out = v if len(found) == count else next(rest)
-    present = (scaled, scaled, rounded, spec.smooth_k, rounded)
+    present = (scaled, scaled, rounded, spec.smooth_k)
     return Operands(found[0], found[1], v_out, *(next(rest) if x else None for x in present))
 
 

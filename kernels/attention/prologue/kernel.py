@@ -4,7 +4,7 @@
 rotary table in registers, and walks over several heads. Q and K have tiles of their own: a row with a scale
 of its own is best off in small programs, and a scale of 128 rows needs them all in registers, 64 numbers a
 thread (head dim 128). `value_kernel` does V, one head a program, so that a tile can be transposed. Only
-smoothing and per-channel scales need `first_kernel` before them: it leaves a partial result per chunk of
+smoothing and per-channel scales need `before.first_kernel` before them: it leaves a partial result per chunk of
 tokens, which the first programs of the launch of Q add up in a fixed order, so that equal inputs give equal
 bits.
 
@@ -161,7 +161,7 @@ def _packed(b_even, b_odd):
 
 @triton.jit
 def _walk_heads(
-    side, rotary, program, per, eps, fold, N: tl.constexpr, LIMIT: tl.constexpr, PAIRS: tl.constexpr,
+    side, rotary, program, per, eps, fold, N: tl.constexpr, G: tl.constexpr, LIMIT: tl.constexpr, PAIRS: tl.constexpr,
     ACROSS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
     LATE: tl.constexpr,
 ):  # fmt: skip
@@ -206,11 +206,17 @@ def _walk_heads(
             b_top = tl.maximum(tl.abs(b_a), tl.abs(b_b), propagate_nan=tl.PropagateNan.ALL)
             bits = tl.max(b_top.to(tl.int32, bitcast=True), 1)  # [BM]
             bits = (bits.to(tl.float32, bitcast=True) * b_row).to(tl.int32, bitcast=True)
-            top = _maximum(tl.max(tl.reshape(bits, (BM // N, N)), 1))  # [BM / N]
-            scales = (side.out_length + N - 1) // N
-            o_n = block * (BM // N) + tl.arange(0, BM // N)
+            if G == 1:
+                top = _maximum(tl.max(tl.reshape(bits, (BM // N, N)), 1))  # [BM / N]
+                inverse = tl.broadcast_to((LIMIT / top)[:, None], (BM // N, N))
+            else:  # rows of equal n % 8 // (8 / G) share a scale
+                SHAPE: tl.constexpr = (BM // N, N // 8, G, 8 // G)
+                top = _maximum(tl.max(tl.max(tl.reshape(bits, SHAPE), 3), 1))  # [BM / N, G]
+                inverse = tl.broadcast_to((LIMIT / top)[:, None, :, None], SHAPE)
+                top = tl.reshape(top, (BM // N * G,))
+            scales = tl.cdiv(side.out_length, N) * G
+            o_n = block * (BM // N * G) + tl.arange(0, BM // N * G)
             tl.store(side.scale + bh * scales + o_n, top * (fold / LIMIT), mask=o_n < scales)
-            inverse = tl.broadcast_to((LIMIT / top)[:, None], (BM // N, N))
             b_row *= tl.reshape(inverse, (BM,))
         b_a, b_b = b_a * b_row[:, None], b_b * b_row[:, None]
         b_y = tl.reshape(tl.join(b_a, b_b), (BM, BD))
@@ -237,7 +243,7 @@ def _add_up(side, bh, blocks, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def _greatest(side, bh, blocks, D: tl.constexpr, BD: tl.constexpr):
-    """Scale of V per channel from the partial maxima of one head, and a mean of zero."""
+    """Scale of V per channel from the partial maxima of one head."""
     BM: tl.constexpr = 1024 // BD
     o_m, o_d = tl.arange(0, BM), tl.arange(0, BD)
     acc = tl.zeros((BM, BD), tl.int32)
@@ -246,13 +252,12 @@ def _greatest(side, bh, blocks, D: tl.constexpr, BD: tl.constexpr):
         p = side.part + (bh * blocks + start + o_m)[:, None] * D + o_d[None, :]
         acc = tl.maximum(acc, tl.load(p, mask=inside, other=0.0).to(tl.int32, bitcast=True))
     tl.store(side.scale + bh * D + o_d, _maximum(tl.max(acc, 0)) / 448.0, mask=o_d < D)
-    tl.store(side.mean + bh * D + o_d, tl.zeros((BD,), tl.float32), mask=o_d < D)
 
 
 @triton.jit
 def rows_kernel(
     k_total, v_total, q, k, rotary, end_k_total, end_v_total, end_q, k_chunks, v_chunks,
-    per_q, per_k, eps, fold, NQ: tl.constexpr, NK: tl.constexpr, LIMIT: tl.constexpr,
+    per_q, per_k, eps, fold, NQ: tl.constexpr, NK: tl.constexpr, GK: tl.constexpr, LIMIT: tl.constexpr,
     PAIRS: tl.constexpr, ACROSS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
     STAGES: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
@@ -269,10 +274,10 @@ def rows_kernel(
     if v_total.x is not None and (program >= end_k_total) & (program < end_v_total):
         _greatest(v_total, (program - end_k_total).to(tl.int64), v_chunks, D, BD)
     if q.x is not None and (program >= end_v_total) & (program < end_q):
-        _walk_heads(q, rotary, program - end_v_total, per_q, eps, fold, NQ, LIMIT, PAIRS,
+        _walk_heads(q, rotary, program - end_v_total, per_q, eps, fold, NQ, 1, LIMIT, PAIRS,
                     ACROSS, D, BM, BD, STAGES, LATE)  # fmt: skip
     if k.x is not None and program >= end_q:
-        _walk_heads(k, rotary, program - end_q, per_k, eps, 1.0, NK, LIMIT, PAIRS, ACROSS, D,
+        _walk_heads(k, rotary, program - end_q, per_k, eps, 1.0, NK, GK, LIMIT, PAIRS, ACROSS, D,
                     BM, BD, STAGES, LATE)  # fmt: skip
 
 
@@ -283,10 +288,11 @@ def value_kernel(
 ):  # fmt: skip
     """A thread holds every ROWS-th row of the tile. Row m is token (m % ROWS) * BM / ROWS + m / ROWS, so
     that those are neighbours, and transposing moves registers and then whole 16 bytes."""
-    h, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    program, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    h = (program % v.heads).to(tl.int64)  # heads side by side, and no second axis: it ends at 65,535 blocks
     element: tl.constexpr = v.out.dtype.element_ty
     o_d, o_m = tl.arange(0, BD), tl.arange(0, BM)
-    first = tl.program_id(1) * BM
+    first = program // v.heads * BM
     o_t = first + o_m % ROWS * (BM // ROWS) + o_m // ROWS
     if SWAPPED:  # column j of 16 holds token (0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15)[j]
         o_t = (o_t & ~14) | ((o_t & 2) << 2) | ((o_t & 12) >> 1)
@@ -312,139 +318,5 @@ def value_kernel(
         tl.store(p, _codes(b_v, element), mask=inside)
     else:
         tl.store(p, b_v.to(element), mask=inside)
-    if (
-        WAIT == "last"
-        and h == tl.num_programs(0) - 1
-        and tl.program_id(1) == tl.num_programs(1) - 1
-    ):
+    if WAIT == "last" and program == tl.num_programs(0) - 1:
         gdc_wait()  # one program is enough: what follows this launch must follow the one before, too
-
-
-@triton.jit
-def norms_kernel(
-    q, k, end_q, eps, D: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, EARLY: tl.constexpr
-):
-    """1 / RMS of every token over all heads of Q and of K."""
-    program = tl.program_id(0)
-    if EARLY:
-        gdc_launch_dependents()
-    if q.x is not None and program < end_q:
-        _norms(q, program, eps, D, R, BC)
-    if k.x is not None and program >= end_q:
-        _norms(k, program - end_q, eps, D, R, BC)
-
-
-@triton.jit
-def _norms(side, program, eps, D: tl.constexpr, R: tl.constexpr, BC: tl.constexpr):
-    blocks = tl.cdiv(side.length, R)
-    b = (program // blocks).to(tl.int64)
-    o_row = program % blocks * R + tl.arange(0, R)
-    read = o_row < side.length
-    p_x = side.x + b * side.b + o_row.to(tl.int64)[:, None] * side.s
-    square = tl.zeros((R, BC), tl.float32)
-    for start in range(0, side.heads * D, BC):
-        o_c = start + tl.arange(0, BC)
-        p = p_x + ((o_c // D).to(tl.int64) * side.h + o_c % D)[None, :]
-        inside = read[:, None] & (o_c < side.heads * D)[None, :]
-        b_x = tl.load(p, mask=inside, other=0.0).to(tl.float32)
-        square += b_x * b_x
-    b_rms = tl.rsqrt(tl.sum(square, 1) / (side.heads * D) + eps)
-    tl.store(side.rms + b * side.length + o_row, b_rms, mask=read)
-
-
-@triton.jit
-def first_kernel(
-    k, v, rotary, end_k, chunk_k, chunk_v, eps, PAIRS: tl.constexpr, ACROSS: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, G: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr, EARLY: tl.constexpr,
-    FOLLOWS: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    if FOLLOWS:  # what comes next relies on this wait for the norms, too
-        gdc_wait()
-    if EARLY:
-        gdc_launch_dependents()
-    if k.part is not None and program < end_k:
-        _sums(k, rotary, program, chunk_k, eps, PAIRS, ACROSS, D, BD, G, RK)
-    if v.part is not None and program >= end_k:
-        _tops(v, program - end_k, chunk_v, D, BD, G, RV)
-
-
-@triton.jit
-def _piece(side, program, chunk, G: tl.constexpr):
-    """(first head, chunk of tokens, batch entry, chunks) of a program."""
-    groups, chunks = tl.cdiv(side.heads, G), tl.cdiv(side.length, chunk)
-    rest = program // groups
-    return (program % groups) * G, rest % chunks, (rest // chunks).to(tl.int64), chunks
-
-
-@triton.jit
-def _sums(
-    side, rotary, program, chunk, eps, PAIRS: tl.constexpr, ACROSS: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    """Sums of normed and rotated rows over a chunk of tokens, for G heads side by side, which read the
-    rotary table from the L1 cache: a thread keeps to its channels, so that rows never cross threads."""
-    first, index, b, chunks = _piece(side, program, chunk, G)
-    o_h, o_r = first + tl.arange(0, G)[:, None, None], tl.arange(0, R)[None, :, None]
-    o_d, o_p = tl.arange(0, BD)[None, None, :], 2 * tl.arange(0, BD // 2)[None, None, :]
-    inside = (o_h < side.heads) & (o_d < D)
-    known = (o_h < side.heads) & (o_p < D)  # [G, 1, BD / 2]
-    p_x = side.x + b * side.b + o_h.to(tl.int64) * side.h + o_r.to(tl.int64) * side.s + o_d
-    if side.weight is not None:
-        p_w = side.weight + (o_h if ACROSS else o_h * 0) * D + o_p
-        w_a = tl.load(p_w, mask=known, other=0.0).to(tl.float32)
-        w_b = tl.load(p_w + 1, mask=known, other=0.0).to(tl.float32)
-    if rotary is not None:
-        o_table = (o_d // 2 if PAIRS else o_d) + o_h * 0
-        p_cos = rotary.cos + o_r.to(tl.int64) * rotary.cos_s + o_table
-        p_sin = rotary.sin + o_r.to(tl.int64) * rotary.sin_s + o_table
-    acc_a = tl.zeros((G, 1, BD // 2), tl.float32)
-    acc_b = tl.zeros((G, 1, BD // 2), tl.float32)
-    for start in range(0, chunk, R):
-        row = tl.zeros((), tl.int64) + (index * chunk + start)
-        read = (row + o_r < side.length) & inside
-        b_x = tl.load(p_x + row * side.s, mask=read, other=0.0).to(tl.float32)
-        b_a, b_b = tl.split(tl.reshape(b_x, (G, R, BD // 2, 2)))
-        b_rms = tl.full((G, R, 1), 1.0, tl.float32)
-        if side.weight is not None:
-            if ACROSS:
-                p_rms = side.rms + b * side.length + row + o_r + o_h * 0
-                b_rms = tl.load(
-                    p_rms, mask=(row + o_r < side.length) & (o_h < side.heads), other=0.0
-                )
-            else:
-                square = tl.sum(b_a * b_a + b_b * b_b, 2, keep_dims=True)  # [G, R, 1]
-                b_rms = tl.rsqrt(square / D + eps)
-            b_a, b_b = b_a * w_a, b_b * w_b
-        if rotary is not None:
-            b_cos = tl.load(p_cos + row * rotary.cos_s, mask=read, other=0.0).to(tl.float32)
-            b_sin = tl.load(p_sin + row * rotary.sin_s, mask=read, other=0.0).to(tl.float32)
-            b_cos, _ = tl.split(tl.reshape(b_cos, (G, R, BD // 2, 2)))
-            _, b_sin = tl.split(tl.reshape(b_sin, (G, R, BD // 2, 2)))
-            b_a, b_b = b_a * b_cos - b_b * b_sin, b_b * b_cos + b_a * b_sin
-        acc_a += tl.sum(b_a * b_rms, 1, keep_dims=True)
-        acc_b += tl.sum(b_b * b_rms, 1, keep_dims=True)
-    p = side.part + ((b * side.heads + o_h) * chunks + index) * D + o_p
-    tl.store(p, acc_a, mask=known)
-    tl.store(p + 1, acc_b, mask=known)
-
-
-@triton.jit
-def _tops(
-    side, program, chunk, D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, R: tl.constexpr
-):
-    """Largest magnitude of a chunk of tokens per channel, for G heads side by side."""
-    first, index, b, chunks = _piece(side, program, chunk, G)
-    o_h, o_r = first + tl.arange(0, G)[:, None, None], tl.arange(0, R)[None, :, None]
-    o_d = tl.arange(0, BD)[None, None, :]
-    inside = (o_h < side.heads) & (o_d < D)
-    p_x = side.x + b * side.b + o_h.to(tl.int64) * side.h + o_r.to(tl.int64) * side.s + o_d
-    acc = tl.zeros((G, 1, BD), tl.int32)
-    for start in range(0, chunk, R):
-        row = tl.zeros((), tl.int64) + (index * chunk + start)
-        read = (row + o_r < side.length) & inside
-        b_x = tl.load(p_x + row * side.s, mask=read, other=0.0)
-        bits = tl.abs(b_x.to(tl.float32)).to(tl.int32, bitcast=True)
-        acc = tl.maximum(acc, tl.max(bits, 1, keep_dims=True))
-    p = side.part + ((b * side.heads + o_h) * chunks + index) * D + o_d
-    tl.store(p, acc.to(tl.float32, bitcast=True), mask=inside)

@@ -1,4 +1,4 @@
-"""How the kernels of the prologue are cut into programs and chained: the host side of `kernel`.
+"""How the kernels of the prologue are cut into programs and chained: the host side of `kernel` and `before`.
 
 Not here: smoothing of Q (SageAttention2, section 3.1), a mean over every 128 queries. Q is cut into tiles of
 16 tokens, which know no such mean; it would need the tile of K, which is slower.
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import FORMATS, PrologueSpec, mean_step
-from .kernel import INTERPRETED, first_kernel, norms_kernel, rows_kernel, value_kernel
+from .before import first_kernel, norms_kernel
+from .kernel import INTERPRETED, rows_kernel, value_kernel
 
 
 class Inputs(NamedTuple):
@@ -40,7 +41,6 @@ class Outputs(NamedTuple):
     k_scale: Tensor | None
     v_scale: Tensor | None
     k_mean: Tensor | None
-    v_mean: Tensor | None
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -52,9 +52,8 @@ class Side(NamedTuple):
     """One of q, k, v [B, S, H, D] and what is to be done with it. None: it is not done.
 
     order: [S_out], the input row of every output row. out: written with strides out_b, out_s, out_h, out_d.
-    scale: fp32, contiguous; [B, H, ceil(S / N)] of Q and K, [B, H, D] of V. weight: [D] of the norm,
-    or [H * D] over all heads. mean: fp32 [B, H, D], is subtracted from K; that of V is
-    zero. part: fp32 [B, H, chunks, D].
+    scale: fp32, contiguous; [B, H, ceil(S / N)] of Q and K (times the groups of K), [B, H, D] of V. weight: [D] of the norm,
+    or [H * D] over all heads. mean: fp32 [B, H, D], is subtracted from K. part: fp32 [B, H, chunks, D].
     """
 
     x: Tensor | None = None
@@ -158,17 +157,16 @@ def plan_launches(
         return allocate(shape, torch.float32, q.device)
 
     k_mean = float32(batch, kv_heads, head_dim) if spec.smooth_k else None
-    v_scale, v_mean = (
-        float32(batch, kv_heads, head_dim) if spec.v != "same" else None for _ in range(2)
-    )
-    value = side(v, key_order, None)._replace(scale=v_scale, mean=v_mean)
+    v_scale = float32(batch, kv_heads, head_dim) if spec.v != "same" else None
+    value = side(v, key_order, None)._replace(scale=v_scale)
     query, key = side(q, order, inputs.norm_q), side(k, key_order, inputs.norm_k)
     query, key = (empty(x, qk_code) for x in (query, key))
     if spec.qk != "same":
         query = query._replace(
             scale=float32(batch, query.heads, -(-query.out_length // spec.q_rows))
         )
-        key = key._replace(scale=float32(batch, kv_heads, -(-key.out_length // spec.k_rows)))
+        of_keys = (-(-key.out_length // spec.k_rows), *[spec.k_groups] * (spec.k_groups > 1))
+        key = key._replace(scale=float32(batch, kv_heads, *of_keys))
     key = key._replace(mean=k_mean)
 
     launches: list[Launch] = []
@@ -197,7 +195,7 @@ def plan_launches(
         launches.append(
             rows_launch(
                 x, y, tables, eps=spec.eps, fold=spec.softmax_scale, limit=qk_limit,
-                rows=(spec.q_rows, spec.k_rows), tile=tiles[0] if x.x is not None else tiles[1],
+                rows=(spec.q_rows, spec.k_rows), groups=spec.k_groups, tile=tiles[0] if x.x is not None else tiles[1],
                 totals=totals if x.x is not None else Totals(),
                 wait=_wait(launches, alone=y.x is None, first=totals != Totals()) if early else "",
             )
@@ -215,9 +213,7 @@ def plan_launches(
                 wait=wait if early else "",
             )
         )  # fmt: skip
-    outputs = Outputs(
-        query.out, key.out, value.out, query.scale, key.scale, v_scale, k_mean, v_mean
-    )
+    outputs = Outputs(query.out, key.out, value.out, query.scale, key.scale, v_scale, k_mean)
     return outputs, launches
 
 
@@ -272,12 +268,12 @@ def _multiprocessors(x: Tensor) -> int:
 
 def rows_launch(
     q: Side, k: Side, rotary: Rotary | None, *, eps: float, fold: float, limit: float,
-    rows: tuple[int, int], tile: Tile, totals: Totals, wait: str,
+    rows: tuple[int, int], groups: int, tile: Tile, totals: Totals, wait: str,
 ) -> Launch:  # fmt: skip
     """Q, K or both; the other is `NOTHING`.
 
     fold: is multiplied into the scales of Q; limit: the largest code, 0 in 16 bits; rows: tokens of a
-    scale of Q and of K; totals: what is to be added up besides; wait: who waits for the launch in front.
+    scale of Q and of K; groups: of those of K; totals: what is to be added up besides; wait: who waits for the launch in front.
     """
     side = k if q.x is None else q
     assert side.x is not None
@@ -294,7 +290,7 @@ def rows_launch(
         rows_kernel,
         (ends[-1],),
         (totals.k, totals.v, q, k, rotary, *ends[:3], *chunks, *per, eps, fold),
-        {"NQ": rows[0], "NK": rows[1], "LIMIT": limit, "PAIRS": _pairs(rotary, head_dim),
+        {"NQ": rows[0], "NK": rows[1], "GK": groups, "LIMIT": limit, "PAIRS": _pairs(rotary, head_dim),
          "ACROSS": _across(side), "D": head_dim, "BM": tile.rows,
          "BD": _power_of_2(head_dim), "STAGES": tile.stages, "WAIT": wait}
         | _options(tile.warps, early=bool(wait)),
@@ -313,7 +309,7 @@ def value_launch(v: Side, *, padded: int, layout: str, limit: float, wait: str) 
     BM = (16 if transposed else 4) * rows
     return Launch(
         value_kernel,
-        (v.heads, _cdiv(padded, BM), v.x.shape[0]),
+        (v.heads * _cdiv(padded, BM), v.x.shape[0]),
         (v, padded),
         {"LIMIT": limit, "D": head_dim, "BM": BM, "BD": BD, "ROWS": rows if transposed else BM,
          "TRANSPOSED": transposed, "SWAPPED": layout == "channels16", "WAIT": wait} | _options(4, early=bool(wait)),

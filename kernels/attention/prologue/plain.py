@@ -31,14 +31,13 @@ def reference(
         k = k - k_mean[:, None]
     q = _ordered(q, order)
     k, v = (_ordered(x, order if key_order is None else key_order) for x in (k, v))
-    q_scale = k_scale = v_scale = v_mean = None
+    q_scale = k_scale = v_scale = None
     if spec.qk in FORMATS:
         q, q_scale = _quantized_rows(q, spec.qk, spec.q_rows)
         q_scale = q_scale * spec.softmax_scale
-        k, k_scale = _quantized_rows(k, spec.qk, spec.k_rows)
+        k, k_scale = _quantized_rows(k, spec.qk, spec.k_rows, spec.k_groups)
     if spec.v in FORMATS:
         v_scale = v_top.clamp(min=TINY) / FORMATS[spec.v][1]
-        v_mean = torch.zeros_like(v_scale)
         v = _rounded(v / v_scale[:, None], spec.v)
     if spec.v_layout != "tokens":
         v = torch.nn.functional.pad(
@@ -48,7 +47,7 @@ def reference(
         v = v.unflatten(-1, (-1, 16))[..., list(SWAPPED)].flatten(-2)
     if spec.qk == "int4x2":
         q, k = pack_int4(q), pack_int4(k)
-    return Operands(q, k, v, q_scale, k_scale, v_scale, k_mean, v_mean)
+    return Operands(q, k, v, q_scale, k_scale, v_scale, k_mean)
 
 
 def dequantized(operands: Operands, spec: PrologueSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,8 +72,17 @@ def dequantized(operands: Operands, spec: PrologueSpec) -> tuple[Tensor, Tensor,
 
 
 def _by_token(scale: Tensor, rows: int, length: int) -> Tensor:
-    """[B, H, n] -> [B, S, H, 1]."""
-    return scale.repeat_interleave(rows, 2)[..., :length].transpose(1, 2)[..., None].float()
+    """[B, H, n], or [B, H, n, groups] -> [B, S, H, 1]."""
+    return scale_of_tokens(scale, rows, length).transpose(1, 2)[..., None].float()
+
+
+def scale_of_tokens(scale: Tensor, rows: int, length: int) -> Tensor:
+    """Scales of so many rows each, [B, H, n], or of groups of these, [B, H, n, groups] -> [B, H, length]."""
+    if scale.dim() == 4:
+        each = 8 // scale.shape[3]
+        scale = scale[:, :, :, None].expand(-1, -1, -1, rows // 8, -1).flatten(2)
+        rows = each
+    return scale.repeat_interleave(rows, 2)[..., :length]
 
 
 def _normalized(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -102,12 +110,16 @@ def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
     return x[:, order.long().clamp(min=0)].masked_fill((order < 0)[None, :, None, None], 0.0)
 
 
-def _quantized_rows(x: Tensor, format: str, rows: int) -> tuple[Tensor, Tensor]:
-    """Codes [B, S, H, D] and scales [B, H, ceil(S / rows)] in x's dtype."""
+def _quantized_rows(x: Tensor, format: str, rows: int, groups: int = 1) -> tuple[Tensor, Tensor]:
+    """Codes [B, S, H, D] and scales [B, H, ceil(S / rows)], of several groups [..., groups], in x's dtype."""
     length = x.shape[1]
     top = torch.nn.functional.pad(x.abs().amax(-1).transpose(1, 2), (0, -length % rows))
-    scale = top.unflatten(-1, (-1, rows)).amax(-1).clamp(min=TINY) / FORMATS[format][1]
-    by_token = scale.repeat_interleave(rows, 2)[..., :length].transpose(1, 2)[..., None]
+    if groups == 1:
+        top = top.unflatten(-1, (-1, rows)).amax(-1)
+    else:
+        top = top.unflatten(-1, (-1, rows // 8, groups, 8 // groups)).amax((-3, -1))
+    scale = top.clamp(min=TINY) / FORMATS[format][1]
+    by_token = scale_of_tokens(scale, rows, length).transpose(1, 2)[..., None]
     return _rounded(x / by_token, format), scale
 
 

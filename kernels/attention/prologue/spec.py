@@ -20,6 +20,9 @@ LAYOUTS = ("tokens", "channels", "channels16")
 SWAPPED = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
 MAX_HEAD_DIM = 256
 MAX_ROWS = 128
+# Keys of a block that have a scale together with k_groups: key n with those of equal n % 8 // 2, whose scores one thread
+# of a tensor core's tile holds (SageAttention2, section 3.3).
+K_GROUPS = 4
 TINY = 2.0**-100  # the least maximum that a scale is made of: a row of zeros has a scale above zero
 
 
@@ -39,6 +42,7 @@ class PrologueSpec:
     qk: "same" (the dtype of the inputs), "int8", "fp8" (e4m3), "int4" (-7 .. 7, kept in int8) or "int4x2" (two of
         these a byte, `pack_int4`).
     q_rows, k_rows: tokens that share a scale: 1, 2, 4, ... 128. (128 of head dim 256 spill registers.)
+    k_groups: 1, or 4: so many scales for every k_rows keys (8 at least), see `K_GROUPS`.
     v: "same" or "fp8" (e4m3, a scale per channel).
     v_layout: "tokens" [B, S, H, D]; "channels" [B, H, D, S padded] or "channels16", the same with the
         tokens inside every 16 in the order `SWAPPED`.
@@ -52,6 +56,7 @@ class PrologueSpec:
     qk: str = "same"
     q_rows: int = 1
     k_rows: int = 1
+    k_groups: int = 1
     v: str = "same"
     v_layout: str = "tokens"
     v_padding: int = 128
@@ -69,11 +74,16 @@ class PrologueSpec:
             rows = getattr(self, name)
             if not 1 <= rows <= MAX_ROWS or rows & (rows - 1):
                 raise ValueError(f"{name} must be a power of two up to {MAX_ROWS}, got {rows}.")
+        if self.k_groups not in (1, K_GROUPS) or (self.k_groups > 1 and self.k_rows < 8):
+            raise ValueError(
+                f"k_groups must be 1 or {K_GROUPS}, of 8 k_rows or more, got {self.k_groups} of {self.k_rows}."
+            )
         if self.v_padding < 16 or self.v_padding % 16:
             raise ValueError(f"v_padding must be a multiple of 16, got {self.v_padding}.")
-        if self.qk == "same" and (self.q_rows, self.k_rows, self.softmax_scale) != (1, 1, 1.0):
+        if self.qk == "same" and (
+            self.q_rows, self.k_rows, self.k_groups, self.softmax_scale) != (1, 1, 1, 1.0):  # fmt: skip
             raise ValueError(
-                "q_rows, k_rows and softmax_scale are about scales, which qk='same' has not: "
+                "q_rows, k_rows, k_groups and softmax_scale are about scales, which qk='same' has not: "
                 "leave them at 1, or choose qk='int8' or 'fp8'."
             )
         if self.version != 1:
@@ -98,11 +108,11 @@ class Operands(NamedTuple):
     """The operands of an attention kernel. None: this spec has none.
 
     q [B, S, H, D], k [B, S, Hk, D], uint8 [..., D / 2] where they hold two codes a byte; v in the layout of the spec.
-    q_scale [B, H, ceil(S / q_rows)], k_scale [B, Hk, ceil(S / k_rows)], v_scale [B, Hk, D]: fp32, above
+    q_scale [B, H, ceil(S / q_rows)], k_scale [B, Hk, ceil(S / k_rows)] (and [..., k_groups] of several), v_scale [B, Hk, D]: fp32, above
     zero; a value is code * scale, and that of q includes softmax_scale.
     k_mean [B, Hk, D]: fp32, what smoothing has subtracted.
-    v_mean [B, Hk, D]: fp32, with v_scale: what kernels add to outputs of queries that see a key. Zeros: who takes a
-        mean from the values before puts it here (weights of a row add up to 1).
+    v_mean [B, Hk, D]: fp32, with v_scale: what kernels add to outputs of queries that see a key. Who takes a mean
+        from the values before puts it here (weights of a row add up to 1).
     """
 
     q: Tensor

@@ -48,7 +48,7 @@ _CODES = (torch.int8, torch.float8_e4m3fn, torch.uint8)
 
 class Scales(NamedTuple):
     """What codes are multiplied by, all fp32: q [B, H, Sq], k [B, Hk, blocks], v [B, Hk, D] or None. v_mean, of the
-    shape of v: what is added to outputs."""
+    shape of v or None: what is added to outputs."""
 
     q: Tensor
     k: Tensor
@@ -143,7 +143,8 @@ def _expected_shapes(x: Operands, plan: BlockPlan):
     else:
         yield "v", x.v, (batch, kv_heads, dim, blocks * SCALE_ROWS)
         yield "v_scale", x.v_scale, (batch, kv_heads, dim)
-        yield "v_mean", x.v_mean, (batch, kv_heads, dim)
+        if x.v_mean is not None:
+            yield "v_mean", x.v_mean, (batch, kv_heads, dim)
 
 
 def _key_rows(x: Operands) -> int:

@@ -347,9 +347,10 @@ def forward_kernel(
     b_o = acc / l[:, None]
     if TOP > 0:
         o_v = (b * (heads // group) + hk) * D + o_d
-        b_mean = tl.load(scales.v_mean + o_v, mask=o_d < D)[None, :]
         b_o *= tl.load(scales.v + o_v, mask=o_d < D)[None, :]
-        b_o += tl.where(empty[:, None], 0.0, b_mean)
+        if scales.v_mean is not None:
+            b_mean = tl.load(scales.v_mean + o_v, mask=o_d < D)[None, :]
+            b_o += tl.where(empty[:, None], 0.0, b_mean)
     p_o += b * stride_ob + h * stride_oh + q_start * stride_os
     stored = o_m < q_count
     tl.store(p_o + o_m[:, None] * stride_os + o_d[None, :], b_o.to(p_o.dtype.element_ty),
