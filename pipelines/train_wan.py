@@ -52,7 +52,7 @@ def save_model(
     transformer.save_config(target)
     forget_origin(target / "config.json")
     save_torch_state_dict(
-        {name: value.to(dtype) for name, value in state.items()},
+        {name: value.to(dtype, copy=True) for name, value in state.items()},  # gathered ones share
         target,
         filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
     )

@@ -235,7 +235,6 @@ def train(
             shutil.rmtree(out / "state", ignore_errors=True)
             (out / "state.new").rename(out / "state")
             log.write(out / "log.json")
-            plot(log, out / "loss.png")
 
     def look() -> None:
         with averaged(average, transformer):
@@ -300,6 +299,8 @@ def train(
         look()
     bar.close()
     keep()
+    if accelerator.is_main_process:  # once: it takes seconds
+        plot(log, out / "loss.png")
     average.copy_to(transformer.parameters())
     return log
 

@@ -21,17 +21,17 @@ FIXED = ("sage", "dense precision=fp8")
 
 
 @pytest.mark.slow
-def test_fp8_is_no_better_choice(tmp_path):
-    """With the error of FP8 in all layers and steps for a budget, no more predicted time; three minutes of two cores.
-    (On a GPU, in 20 steps, less: `test_the_recorded_recipe_beats_fixed_precisions`.)
+def test_it_beats_fp8_at_equal_error(tmp_path):
+    """With the error of FP8 in all layers and steps for a budget: less predicted time than FP8 and than no recipe, in
+    three minutes of one core. (On a GPU, at 512x512 in 20 steps: `test_the_recorded_recipe_beats_fixed_precisions`.)
 
-    512x512, where attention is long enough for FP8 to gain on a GPU, in three steps and with one head measured:
-    emulating FP8 takes a second or two a layer and step.
+    384x384 in five steps and with one head measured: emulating FP8 takes a third of a second a layer and step. FP8 is
+    slower than the model's own attention there, on an H200 (predicted), and windows in the last steps are faster.
     """
     task = Task(
-        candidates=parse_candidates("dense precision=fp8,gna density=0.75,gna density=0.5"),
-        prompts=(held_out_scenes(1, seed=0)[0].text,), held_out=(), steps=3, phases=3, heads=1, batch=64,
-        call={"height": 512, "width": 512, "max_sequence_length": 64},
+        candidates=parse_candidates("dense precision=fp8,gna density=0.5,gna density=0.3"),
+        prompts=(held_out_scenes(1, seed=0)[0].text,), held_out=(), steps=5, phases=5, heads=1, batch=64,
+        call={"height": 384, "width": 384, "max_sequence_length": 64},
     )  # fmt: skip
     journal = Journal(tmp_path, task.to_dict(), resume=False)
     calibration = Calibration(load(str(MODEL), None, False), task, journal)
@@ -39,8 +39,8 @@ def test_fp8_is_no_better_choice(tmp_path):
     fp8 = calibration.compare(alone(task.candidates[0]), task.prompts[0], "prompt-0", 0)
     found = calibration.run(budget=fp8)
     assert found.chosen.psnr >= fp8 > 30
-    assert found.ms <= sum(part.group.times[1] * len(part.layers) for part in found.parts)
-    assert found.recipe.variants  # something is approximated
+    assert found.ms < sum(part.group.times[1] * len(part.layers) for part in found.parts)
+    assert found.ms < found.stock_ms
 
 
 @pytest.mark.skipif(not ROWS.exists(), reason="no calibration of the shipped model is recorded")

@@ -224,7 +224,7 @@ def test_dry_run_reads_and_writes_nothing(model, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
 def test_precisions_are_emulated_without_a_gpu(model, tmp_path):
     for arguments, name in [
-        (["--recipe", "sage"], "int8_fp8"),
+        (["--recipe", "sage"], "int8_fp8+k_thread"),
         (["--recipe", "auto", "--precision", "fp8+smooth_v"], "fp8+smooth_v"),
         (["--window", "8", "--precision", "int8"], "int8"),
     ]:
@@ -233,7 +233,7 @@ def test_precisions_are_emulated_without_a_gpu(model, tmp_path):
     out = tmp_path / "one.png"
     result = run("generate", model, "a red cube", *SMALL, "--recipe", "sage", "--out", out)
     assert result.exit_code == 0, result.output
-    assert "int8_fp8, emulated" in result.output
+    assert "int8_fp8+k_thread, emulated" in result.output
     assert out.exists()
 
 

@@ -252,6 +252,15 @@ def test_an_unknown_processor():
     assert "Renamed norms and rotates queries and keys itself (1x)" in lines[1]
 
 
+def test_families_without_such_norms_are_not_mentioned():
+    tiny = TINY["stable_diffusion"]()
+    tiny.pipe.enable_visionfuse("sage", fuse=True)
+    with Calls() as calls:
+        tiny.run()
+    assert calls.fused == 0
+    assert "fused" not in str(report(tiny.pipe))
+
+
 def test_a_shared_processor_is_fused_in_all_of_its_layers_or_in_none():
     def change(pipe):
         shared = FluxAttnProcessor()

@@ -202,6 +202,20 @@ def test_it_listens_on_this_machine_alone(server):
     assert _listening(os.getpid()) <= {"0100007F"}  # 127.0.0.1; as Linux writes it
 
 
+def test_a_login_keeps_others_out():
+    """As app.md says it: launch(app, settings, auth=...)."""
+    settings, limit = Settings(), Image.MAX_IMAGE_PIXELS
+    app = build(settings)
+    address = launch(app, settings, prevent_thread_lock=True, auth=("name", "password")).rstrip("/")
+    try:
+        assert status_of(f"{address}/config") == 401
+        assert status_of(f"{address}/login", b"username=name&password=guessed") == 400
+        assert status_of(f"{address}/login", b"username=name&password=password") == 200
+    finally:
+        app.close(verbose=False)
+        Image.MAX_IMAGE_PIXELS = limit
+
+
 @pytest.mark.parametrize(
     "path",
     [

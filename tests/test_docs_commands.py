@@ -145,6 +145,7 @@ SMALL = {
     "visionfuse demo": "--port PORT",
     "visionfuse generate assets/wan": f"{VIDEO} --steps 2 --device cpu",
     "visionfuse generate": f"{IMAGE} --steps 3 --device cpu",
+    "visionfuse calibrate ./my-wan --prompts prompts.txt --by-head": f"{VIDEO} --steps 4 --measure 1 --held-out 0 --phases 2 --by-head 0.6",
     "visionfuse calibrate ./my-wan": f"{VIDEO} --steps 4 --measure 1 --held-out 0 --phases 2",
     "visionfuse calibrate": f"{IMAGE} --steps 4 --measure 1 --held-out 0 --phases 2",
     "visionfuse profile wan": "--size 64x64x5 --layers 1 --device cpu",
@@ -172,6 +173,7 @@ MAKE = {
     "docs": "test_docs.py::test_every_page_is_there",
     "test": "test_docs_commands.py::test_the_tests_are_found",
     "test-all": "test_docs_commands.py::test_the_tests_are_found",
+    "test-timm": "test_run_timm_tests.py::test_our_models_are_registered_and_theirs_left_out",
     "test-gpu": "test_run_on_gpu.py::test_runs_a_file_and_keeps_a_log",
     "bench-cpu": "test_docs_commands.py::test_make_bench_cpu",
 }

@@ -150,7 +150,9 @@ def test_copies_pickles_and_files_keep_the_precision(pipe, tmp_path):
 
 @no_gpu
 def test_a_named_kernel_that_cannot_is_refused_at_once(pipe):
-    with pytest.raises(ValueError, match=r"(?s)gluon_sm90.*precision='int8_fp8'.*cannot run here"):
+    with pytest.raises(
+        ValueError, match=r"(?s)gluon_sm90.*precision='int8_fp8\+k_thread'.*cannot run here"
+    ):
         pipe.enable_visionfuse("sage", impl="gluon_sm90")
     assert "_visionfuse" not in vars(pipe)
 

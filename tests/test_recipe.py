@@ -78,11 +78,10 @@ def test_recipes_from_before_precisions_load():
 
 
 def test_precisions_of_recipes():
-    assert str(recipes.build("sage").precision) == "int8_fp8"
-    assert (
-        str(recipes.build("sage", qk="int4", pv="model", smooth_q=True).precision)
-        == "int4+smooth_q"
-    )
+    assert str(recipes.build("sage").precision) == "int8_fp8+k_thread"
+    assert str(recipes.build("sage", qk="fp8").precision) == "fp8"
+    int4 = recipes.build("sage", qk="int4", pv="model", smooth_q=True, k_scale="block")
+    assert str(int4.precision) == "int4+smooth_q"
     assert recipes.build("sage").schedule.first_step(4) == 0
     finer = recipes.build("sage", pv="fp16", q_scale="thread", k_scale="token").precision
     assert (finer.pv, finer.q_scale, finer.k_scale) == ("fp16", "thread", "token")

@@ -36,6 +36,7 @@ INTERPRETED = (
     "int8_fp16-smooth_k+smooth_q",
     "int8_fp16+smooth_v",
     "int8+k_token",
+    "int8+k_thread",
 )
 LOSSY = [name for name in NAMES if name != "model"]
 
@@ -225,18 +226,18 @@ class Family:
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FAMILIES = (
-    Family("gluon_sm90", "int8_fp8", BF16, 128, 250, 391),
+    Family("gluon_sm90", "int8_fp8+k_thread", BF16, 128, 250, 391),
     Family("gluon_sm90", "int8_fp8", FP16, 128, 300, 300, "causal"),
-    Family("gluon_sm90", "int8_fp8", BF16, 64, 130, 391, "padding"),
-    Family("gluon_sm90", "int8_fp8", BF16, 128, 1, 1),
-    Family("gluon_sm90", "int8_fp8+smooth_q", BF16, 128, 130, 391, "random"),
+    Family("gluon_sm90", "int8_fp8+k_thread", BF16, 64, 130, 391, "padding"),
+    Family("gluon_sm90", "int8_fp8+k_thread", BF16, 128, 1, 1),
+    Family("gluon_sm90", "int8_fp8+smooth_q+k_thread", BF16, 128, 130, 391, "random"),
     Family("gluon_sm90", "int4_fp8+smooth_q+smooth_v", FP16, 64, 250, 391),
-    Family("gluon_sm90", "int8", BF16, 128, 250, 391, group=2),
+    Family("gluon_sm90", "int8+k_thread", BF16, 128, 250, 391, group=2),
     Family("gluon_sm90", "fp8", FP32, 128, 1, 391, "padding"),
     Family("triton", "int8_fp8", BF16, 128, 130, 391, "random"),
     Family("triton", "int4+smooth_q", FP16, 64, 300, 300, "causal"),
     Family("triton", "fp8", BF16, 64, 250, 391, "padding"),
-    Family("triton", "int8_fp16+smooth_v", FP32, 64, 40, 129, group=2),
+    Family("triton", "int8_fp16+smooth_v+k_thread", FP32, 64, 40, 129, group=2),
 )
 
 

@@ -72,7 +72,7 @@ class Deferrals:
     def of(cls, site: Site, layers: list[Any], wanted: bool | None) -> Deferrals:
         found = cls(wanted)
         alone: set[int] = set()
-        for layer in layers:
+        for layer in layers if site.deferrals else ():
             key, deferral = id(layer.processor), site.deferrals.get(type(layer.processor).__name__)
             if why := refusal(layer, deferral):
                 found.refused[why] += 1
@@ -93,8 +93,8 @@ class Deferrals:
         return self.known.get(id(processor))
 
     def lines(self) -> list[str]:
-        """For the report: nothing where no run asked for it."""
-        if not self.used:
+        """For the report: nothing where no run asked for it, or no processor of the family could."""
+        if not self.used or not (self.known or self.refused):
             return []
         done = f"norms and rotary embedding in {len(self.used & set(self.known))} processors"
         return [done, *(f"{reason} ({count}x)" for reason, count in self.refused.items())]

@@ -64,6 +64,12 @@ class Linears:
             if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
                 raise TypeError(f"{name} takes a tuple of patterns, got {patterns!r}.")
             object.__setattr__(self, name, tuple(patterns))
+        if not isinstance(self.least_width, int) or self.least_width < 1:
+            raise ValueError(f"least_width counts channels, got {self.least_width!r}.")
+        if not isinstance(self.tolerance, (int, float)) or not 0 < self.tolerance < 1:
+            raise ValueError(
+                f"tolerance is a relative error between 0 and 1, got {self.tolerance!r}."
+            )
 
     @classmethod
     def of(cls, linear: str | Linears | None) -> Linears | None:

@@ -186,7 +186,7 @@ class Recipe:
             precision=_build(Precision, values.get("precision", {}), "precision"),
             variants=tuple(Variant.from_dict(v) for v in values.get("variants", ())),
             schedule=_build(Schedule, schedule | {"phases": phases}, "schedule"),
-            linear=_build(Linears, values["linear"], "linear") if values.get("linear") else None,
+            linear=_linear(values.get("linear")),
         )
 
     def save(self, path: str | Path) -> None:
@@ -265,6 +265,10 @@ def _plan_from_dict(values: dict[str, Any]) -> Plan:
     if kind not in PLANS:
         raise ValueError(f"Unknown plan kind {kind!r}. Available: {', '.join(PLANS)}.")
     return _build(PLANS[kind], values, "plan")
+
+
+def _linear(values: str | dict[str, Any] | None) -> Linears | None:
+    return _build(Linears, values, "linear") if isinstance(values, dict) else Linears.of(values)
 
 
 def _build(cls: type, values: dict[str, Any], where: str):

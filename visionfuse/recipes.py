@@ -307,18 +307,19 @@ def sage(
     smooth_q: bool = False,
     smooth_v: bool = False,
     q_scale: str = "token",
-    k_scale: str = "block",
+    k_scale: str | None = None,
 ) -> Recipe:
     """SageAttention2 (arXiv 2411.10958) as it runs on Hopper: every pair, INT8 queries and keys that lost
     their mean, FP8 weights and values, in every step and layer.
 
-    qk: "int8", "int4" or "fp8"; pv: "fp8", "fp16" or "model"; the rest as in `Precision`. INT4 is multiplied as
+    qk: "int8", "int4" or "fp8"; pv: "fp8", "fp16" or "model"; k_scale: by default "thread" with integers and "block"
+        with FP8, whose steps follow the numbers; the rest as in `Precision`. INT4 is multiplied as
         INT8 on Hopper, which has no INT4: it shows the quality of 4 bits and is no faster.
     """
     return _every_pair(
         Precision(
             qk=qk, pv=pv, smooth_k=smooth_k, smooth_q=smooth_q, smooth_v=smooth_v,
-            q_scale=q_scale, k_scale=k_scale,
+            q_scale=q_scale, k_scale=k_scale or ("block" if qk == "fp8" else "thread"),
         )
     )  # fmt: skip
 

@@ -329,7 +329,8 @@ class Routing:
                 lead = plan
         for variant in running:
             way, plan = self.ran.ways[variant.name], plans[variant.name]
-            everything = plan.blocks.visible == layout.length**2 and way.choice.precision.is_model
+            pairs = plan.blocks.variants * layout.length**2
+            everything = plan.blocks.visible == pairs and way.choice.precision.is_model
             reason = ""
             if not isinstance(variant.plan, Dense) and everything:
                 reason = "the plan shows every token on this grid; the model's own attention runs"

@@ -8,7 +8,9 @@ A NaN or an infinity makes the scale of all that share it NaN or infinite, hence
 128 keys, one query or a channel of values, and with smoothing all keys of a head. Finding them would wait for
 the GPU in every call. Values up to 2^60 stay finite where scores are below 2^30, which queries and keys up to 2^13 keep
 them; numbers below 2^-100 become 0. (A score less the largest one is one instruction, whose product is exact and whose
-other side was rounded: of scores of 2^30 that leaves 2^6, and exp2 of it is in the sum.)
+other side was rounded: of scores of 2^30 that leaves 2^6, and exp2 of it is in the sum. On Hopper sums of INT8 products lie
+on an offset, whose rounding is three quarters of what one code counts: where that is more than 25 bits, which takes queries
+and keys of 1,800 at head dim 128, all FP8 weights of a row may round to 0, and its output is 0.)
 """
 
 from __future__ import annotations

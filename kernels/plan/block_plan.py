@@ -113,7 +113,8 @@ class BlockPlan:
 
     @property
     def visited_density(self) -> float:
-        """Pairs inside visited blocks as a share of all pairs, each block counted at its real size."""
+        """Pairs inside visited blocks as a share of all pairs, each block counted at its real size, and each
+        variant as often as heads and batch entries take it."""
         return self._pairs(self.full, self.partial) / (
             self.variants * self.length_q * self.length_k
         )
@@ -124,11 +125,17 @@ class BlockPlan:
         visited = self._pairs(self.full, self.partial)
         return self._pairs(self.full) / visited if visited else 1.0
 
-    def _pairs(self, *lists: Entries) -> int:
-        total = 0
+    def _pairs(self, *lists: Entries) -> float:
+        taken = [1.0] * self.variants
+        if self.variant is not None:
+            times = self.variant.cpu().flatten().bincount(minlength=self.variants)
+            taken = (times.double() * (self.variants / times.sum())).tolist()
+        total = 0.0
         for entries in lists:
-            tile = entries.rows % self.tiles
-            total += int((self.q_count[tile].long() * entries.count.long()).sum())
+            variant, tile = entries.rows // self.tiles, entries.rows % self.tiles
+            pairs = torch.zeros(self.variants, dtype=torch.int64, device=self.device)
+            pairs.index_add_(0, variant, self.q_count[tile].long() * entries.count.long())
+            total += sum(n * times for n, times in zip(pairs.tolist(), taken, strict=True))
         return total
 
     def to(self, device) -> BlockPlan:

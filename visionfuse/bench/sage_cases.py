@@ -24,7 +24,7 @@ from .peers import PEERS
 from .suite import Candidate, Suite, Work
 from .table import Row
 
-RECIPES = ("int8_fp8", "fp8", "int8", "int8_fp8+smooth_q", "int8_fp8+k_thread")
+RECIPES = ("int8_fp8+k_thread", "int8_fp8", "fp8", "int8", "int8_fp8+smooth_q")
 PRECISIONS = (*RECIPES, "int8_fp8+k_token", "int8+smooth_q", "int4_fp8", "int4", "int4+smooth_q", "int8_fp8+smooth_v",
               "int8_fp8-smooth_k")  # fmt: skip
 OFFSETS = (0, 10, 50)

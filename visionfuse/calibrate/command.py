@@ -56,6 +56,14 @@ def calibrate(
             help="Run the candidates one after another, as fps does: find only where each ends.",
         ),
     ] = False,
+    by_head: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of a budget: tile windows for every head that visit this share of all pairs.",
+            min=0.0,
+            max=1.0,
+        ),
+    ] = None,
     phases: Annotated[int, typer.Option(help="Parts into which a run is cut.", min=1)] = 5,
     steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 20,
     height: Annotated[int | None, typer.Option(help="Pixels.", min=16)] = None,
@@ -124,6 +132,13 @@ def calibrate(
             for line in expected(task, budget):
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
             return
+        if by_head is not None:
+            if in_order or linear or plot or compare or resume:
+                raise ValueError(
+                    "--by-head goes without --in-order, --linear, --plot, --compare and --resume."
+                )
+            found_by_head(str(model or MICRO), task, by_head, dtype, offload, out)
+            return
         folder = out.with_suffix(".calibration")
         settings = task.to_dict() | {"model": str(model or MICRO.name), "dtype": dtype}
         journal = Journal(folder, settings, resume=resume)
@@ -157,6 +172,25 @@ def calibrate(
             console.print(comparison.table(rows))
             comparison.write(rows, compare)
             console.print(f"Rows: {compare}", highlight=False, soft_wrap=True)
+
+
+def found_by_head(
+    model: str, task: Task, density: float, dtype: str | None, offload: bool, out: Path
+) -> None:
+    """The recipe of `heads.windows_by_head`, saved."""
+    from ..cli import console
+    from .heads import windows_by_head
+
+    pipe = load(model, dtype, offload)
+    check_call(pipe, task.call)
+    with progress() as tell:
+        recipe, _ = windows_by_head(pipe, task, density, tell)
+    recipe = replace(recipe, name=out.stem)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    recipe.save(out)
+    ends = ", ".join(f"{phase.until:.0%}" for phase in recipe.schedule.phases)
+    for line in (recipe.note, f"Phases end after {ends} of the run.", f"Recipe: {out}"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def parse_candidates(text: str) -> tuple[Variant, ...]:

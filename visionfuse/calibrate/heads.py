@@ -25,6 +25,7 @@ from ..recipe import Recipe, Variant
 from ..recipes import FPS_PRECISIONS
 from ..schedule import Phase, Schedule
 from .measure import MeasuringSession, _call
+from .run import Task
 
 BISECTIONS = 60  # of the price
 
@@ -117,45 +118,39 @@ class HeadSession(MeasuringSession):
 
 def windows_by_head(
     pipe: Any,
-    candidates: Sequence[Variant],
-    *,
+    task: Task,
     density: float,
-    prompts: Sequence[str],
-    steps: int,
-    phases: int = 3,
-    every: int = 1,
-    seed: int = 0,
-    impl: str = "auto",
-    call: dict[str, Any] | None = None,
     tell: Callable[[str, float, int], None] = lambda job, done, of: None,
 ) -> tuple[Recipe, Choice]:
-    """A recipe in phases, with the best of the candidates for every head of every layer, and the choice.
+    """A recipe in `task.phases`, with the best of the candidates for every head of every layer, and the choice.
 
-    candidates: tile windows of one tile. density: visited pairs as a share of all, mean over the run. every: only
-    each so many-th of the `steps` is measured, and phases end at those. call: further arguments of the pipeline.
-    Formats are those of the candidates or, where they keep the model's, those of the phases of "fps".
+    task: its candidates are tile windows of one tile; phases end at steps that are measured, each `every`-th.
+    density: visited pairs as a share of all, mean over the run. Formats are those of the candidates or, where they
+    keep the model's, those of the phases of "fps".
     """
-    _check(candidates)
+    _check(task.candidates)
     total: np.ndarray = np.zeros((1, 1, 1, 1))
     densities: tuple[float, ...] = ()
-    for number, prompt in enumerate(prompts):
-        session = HeadSession(pipe, tuple(candidates), steps, impl=impl, every=every)
+    for number, prompt in enumerate(task.prompts):
+        session = HeadSession(pipe, task.candidates, task.steps, impl=task.impl, every=task.every)
 
         def stepped(pipe, step, time, values, number=number):
-            tell(f"windows, prompt {number + 1}", number + (step + 1) / steps, len(prompts))
+            done = number + (step + 1) / task.steps
+            tell(f"windows, prompt {number + 1}", done, len(task.prompts))
             return values
 
+        generator = torch.Generator("cpu").manual_seed(task.seed + number)
         with session:
             pipe(
-                prompt, num_inference_steps=steps, output_type="latent", callback_on_step_end=stepped,
-                generator=torch.Generator("cpu").manual_seed(seed + number), **(call or {}),
+                prompt, num_inference_steps=task.steps, generator=generator, output_type="latent",
+                callback_on_step_end=stepped, **task.call,
             )  # fmt: skip
         if session.head_errors is None:
             why = "; ".join(reason for ran in session.ran.values() for reason in ran.notes)
             raise ValueError(f"No attention of this model can follow a recipe here: {why}.")
         total, densities = total + session.head_errors, session.densities
-    found = choose(total, densities, density, phases=phases)
-    return to_recipe(found, candidates, total.shape[2]), found
+    found = choose(total, densities, density, phases=min(task.phases, total.shape[2]))
+    return to_recipe(found, task.candidates, total.shape[2]), found
 
 
 def _check(candidates: Sequence[Variant]) -> None:

@@ -141,7 +141,9 @@ class Calibration:
         found = list(denoisers(pipe))
         if not found:
             known = ", ".join(SITES)
-            raise ValueError(f"{type(pipe).__name__} has no known denoiser. Supported are {known}.")
+            raise ValueError(
+                f"{type(pipe).__name__} has no denoiser that is known, such as {known}."
+            )
         self.pipe, self.task, self.journal, self.tell = pipe, task, journal, tell
         site, model = found[0].site, found[0].model
         self.blocks = block_classes(model, site.layers(model))
@@ -384,24 +386,24 @@ class Calibration:
         groups = [part.group for part in self.parts]
         if not in_order:
             return choose(groups, budget)
-        of_phase = len(self.classes)
-        return choose_in_order(
-            [groups[i : i + of_phase] for i in range(0, len(groups), of_phase)], budget
-        )
+        size = len(self.classes)  # of a phase
+        return choose_in_order([groups[i : i + size] for i in range(0, len(groups), size)], budget)
 
     def search(self, budget: float, name: str, in_order: bool = False) -> list[Try]:
         """Choose, run, correct the budget of the choice by what was predicted wrong, and again."""
         tries: list[Try] = []
         target = budget
-        for _ in range(TRIES):
+        for number in range(1, TRIES + 1):
             found = self.attempt(self.select(10 ** (-target / 20), in_order), name)
             if any(t.recipe == found.recipe for t in tries):
                 break
             tries.append(found)
-            target += budget - found.psnr
+            missed = budget - found.psnr  # what was predicted wrong once may be again
+            target += missed * (number if missed > 0 else 1)
         if not in_order:
             groups = [part.group for part in self.parts]
-            least = min((t.selection.time for t in tries if t.psnr >= budget), default=np.inf)
+            inside = [t.selection.time for t in tries if t.psnr >= budget]
+            least = min([uniform(groups, 0).time, *inside])
             for variant, candidate in enumerate(self.usable, 1):
                 alone = uniform(groups, variant)
                 if self.kind(candidate) and alone.time < least:

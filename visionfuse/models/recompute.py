@@ -31,14 +31,14 @@ def recomputed(
 
 @contextmanager
 def _uncounted(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Statistics of the batch, but no step of the running ones."""
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+    """Statistics of the batch, but no step of the running ones; a copy counts the batch."""
+    kept = [(norm, norm.momentum, cast(Tensor, norm.num_batches_tracked)) for norm in norms]
+    for norm, _, batches in kept:
+        norm.momentum, norm.num_batches_tracked = 0.0, batches.clone()
     try:
         yield
     finally:
-        for norm, (momentum, batches) in zip(norms, kept, strict=True):
+        for norm, momentum, batches in kept:
             norm.momentum, norm.num_batches_tracked = momentum, batches
 
 

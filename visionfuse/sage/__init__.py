@@ -22,7 +22,7 @@ from .plans import as_boolean, choose, lacks_kernel, plan_of_mask, plan_of_seque
 if TYPE_CHECKING:  # typing has it from Python 3.11 on
     from typing_extensions import Unpack
 
-DEFAULT_PRECISION = "int8_fp8"
+DEFAULT_PRECISION = "int8_fp8+k_thread"
 
 
 class SageOptions(TypedDict, total=False):
@@ -63,7 +63,7 @@ def sage_attention(
         attention runs, with a warning, and under torch.compile it raises ValueError. A mask is read once
         and remembered with its tensor: pass the same tensor again, a new one waits for the GPU. In a CUDA
         graph it must have been used before.
-    options: see `SageOptions`; precision is "int8_fp8" by default. INT4 is multiplied as INT8 where tensor cores
+    options: see `SageOptions`; precision is "int8_fp8+k_thread" by default, as in SageAttention2 on Hopper. INT4 is multiplied as INT8 where tensor cores
         have no INT4: it shows the quality of 4 bits and saves no time.
 
     Returns out in the layout and dtype of q; queries that see no key are 0. "HND" is a transposed view of (B,
@@ -154,7 +154,7 @@ def _options(q: Tensor, sm_scale: float | None, options: SageOptions) -> tuple[f
         raise TypeError(
             f"sage_attention has no argument {', '.join(map(repr, unknown))}. It has attn_mask and the options "
             f"{', '.join(SageOptions.__annotations__)}; smoothing is a part of the precision, as in "
-            f'precision="{DEFAULT_PRECISION}-smooth_k".'
+            'precision="int8_fp8-smooth_k".'
         )
     if options.get("dropout_p"):
         raise ValueError(

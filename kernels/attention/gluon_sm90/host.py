@@ -163,7 +163,19 @@ def _spec(
         K_ROWS=k_rows, K_GROUPS=math.prod(k_groups), OFFSET=int8, BIAS=bias, BOUNDED=bounded,
         VALUES_8BIT=v_bytes == 1, VALUES_MEAN=v_mean,
         LS=accumulator(BLOCK_K, qk_bytes), LO=accumulator(width, v_bytes), LL=accumulator(8, v_bytes),
+        LW=_written(width),
         REGISTERS=consumer, PRODUCER_REGISTERS=producer,
+    )  # fmt: skip
+
+
+def _written(width: int) -> gl.DistributedLinearLayout:
+    """Of [64, width] in 16 bits: four threads write 32 bytes of a row, which memory takes at once. In an accumulator
+    their 8 columns lie together, 16 bytes; two pairs of threads exchange halves."""
+    far = [[0, 16 << i] for i in range((width // 16).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], *far, [8, 0]],
+        lane_bases=[[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]], warp_bases=[[16, 0], [32, 0]],
+        block_bases=[], shape=[ROWS, width],
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ their neighbours keep the tensor cores busy, as FlashAttention-3 does (Shah et a
 A tile walks its masked entries first, so the loop over whole blocks has no mask at all. Entries start
 at any token: a TMA box may, and columns past an entry's count are masked. Which program computes which
 tiles is dealt out by the host, longest first. Producers run ahead of the consumers across tiles: while
-one tile ends, the next one's first blocks arrive.
+one tile ends, the next one's first blocks arrive, and its queries once the last scores are there.
 
 `policies` has what depends on formats and masks, `types` what a binary is built for and
 what its partitions get.
@@ -161,22 +161,41 @@ def _scales_of(block, x, SPEC: gl.constexpr):
 
 
 @gluon.jit
+def _write(acc, base, q_start, q_count, x, SPEC: gl.constexpr, GROUP: gl.constexpr):
+    """Rows of the output, the first one of the tile at base."""
+    p_o = x.outputs.p_o
+    # 0, which no compiler knows: row numbers would be computed before the loop over tiles, and spilled.
+    r = gl.inline_asm_elementwise(
+        "mov.b32 $0, 0;", "=r,r", [q_count], dtype=gl.int32, is_pure=False, pack=1
+    )
+    r += GROUP * SPEC.BM + gl.arange(0, SPEC.BM, layout=gl.SliceLayout(1, SPEC.LW))
+    c = gl.arange(0, SPEC.D, layout=gl.SliceLayout(0, SPEC.LW))
+    o_row = _rows_of_output(r, q_start, q_count, x.outputs, SPEC) * (x.sizes.heads * SPEC.HEAD_DIM)
+    out = gl.convert_layout(acc.to(p_o.dtype.element_ty), SPEC.LW)
+    inside = (r < q_count)[:, None] & (c < SPEC.HEAD_DIM)[None, :]
+    gl.store(p_o + base + o_row[:, None] + c[None, :], out, mask=inside)
+
+
+@gluon.jit
 def _walk(acc, l, m, it, q, first, last, p_start, x, SPEC: gl.constexpr, MASK: gl.constexpr,
           BOUNDED: gl.constexpr):  # fmt: skip
     """Entries first .. last of one list, which begin at p_start[e]."""
     K_BLOCKS: gl.constexpr = SPEC.SCALED and not SPEC.K_ROWS
-    if K_BLOCKS:
-        # The scale of an entry's keys is fetched an entry ahead and its place two ahead: neither is
-        # waited for.
+    # The scale of an entry's keys is fetched an entry ahead and its place two ahead: neither is waited for. Beside masks
+    # there are no registers for them.
+    AHEAD: gl.constexpr = K_BLOCKS and MASK == "none"
+    if AHEAD:
         block = gl.load(p_start + first, mask=first < last, other=0) // SPEC.BN
         k_scale = _scales_of(block, x, SPEC)
         block = gl.load(p_start + first + 1, mask=first + 1 < last, other=0) // SPEC.BN
     for e in range(first, last):
         factor = x.factor
-        if K_BLOCKS:
+        if AHEAD:
             factor = factor * k_scale
             k_scale = _scales_of(block, x, SPEC)
             block = gl.load(p_start + e + 2, mask=e + 2 < last, other=0) // SPEC.BN
+        elif K_BLOCKS:
+            factor = factor * _scales_of(gl.load(p_start + e) // SPEC.BN, x, SPEC)
         stage = it % SPEC.STAGES
         phase = (it // SPEC.STAGES) & 1
         if SPEC.BY_GROUP and MASK == "bits":
@@ -185,6 +204,9 @@ def _walk(acc, l, m, it, q, first, last, p_start, x, SPEC: gl.constexpr, MASK: g
                 acc, l, m = attend(acc, l, m, q, e, stage, phase, factor, x, SPEC, NEEDED, BOUNDED)
             else:
                 pass_by(stage, phase, x.ring)
+        elif MASK == "none":
+            done = e + 1 == last  # whole entries end a tile
+            acc, l, m = attend(acc, l, m, q, e, stage, phase, factor, x, SPEC, MASK, BOUNDED, done)
         else:
             acc, l, m = attend(acc, l, m, q, e, stage, phase, factor, x, SPEC, MASK, BOUNDED)
         it += 1
@@ -209,6 +231,7 @@ def _visit(acc, l, m, it, q, row, w, t, x, SPEC: gl.constexpr, BOUNDED: gl.const
         # Rows that the masked entries left empty: the loop below has no guard for -inf - -inf.
         # A finite floor far under any score keeps exp2(m - m_new) at zero.
         m = gl.maximum(m, -1.0e30)
+    mbarrier.arrive(t.q_empty, count=1, pred=first >= whole_end)
     return _walk(acc, l, m, it, q, first, whole_end, lists.p_full_start, t, SPEC, "none", BOUNDED)
 
 
@@ -234,7 +257,7 @@ def _consume(x, SPEC: gl.constexpr, GROUP: gl.constexpr):
         if SPEC.K_GROUPS > 1:
             factor = for_threads(factor, SPEC)
         t = Tile(
-            x.ring, lists.p_full_count, lists.p_mask, lists.p_bits, sizes.block_q, o_row,
+            x.ring, x.queries.empty.index(GROUP), lists.p_full_count, lists.p_mask, lists.p_bits, sizes.block_q, o_row,
             _KIND_SHIFT + 2 * GROUP, factor, x.scales.p_k + kv * sizes.scales,
         )  # fmt: skip
         acc = gl.zeros([SPEC.BM, SPEC.D], gl.float32, layout=SPEC.LO)
@@ -257,7 +280,6 @@ def _consume(x, SPEC: gl.constexpr, GROUP: gl.constexpr):
                 acc, l, m, it = _visit(acc, l, m, it, q, row, w, t, x, SPEC, False)
         else:
             acc, l, m, it = _visit(acc, l, m, it, q, row, w, t, x, SPEC, False)
-        mbarrier.arrive(x.queries.empty.index(GROUP), count=1)
         turn += 1
 
         if SPEC.VALUES_8BIT:
@@ -277,21 +299,16 @@ def _consume(x, SPEC: gl.constexpr, GROUP: gl.constexpr):
                 acc += seen[:, None] * b_v_mean[None, :]
         outputs = x.outputs
         base = ((b.to(gl.int64) * sizes.length_q + q_start) * sizes.heads + h) * SPEC.HEAD_DIM
-        o_out = _rows_of_output(r, q_start, q_count, outputs, SPEC) * (sizes.heads * SPEC.HEAD_DIM)
-        inside = (r < q_count)[:, None] & (c < SPEC.HEAD_DIM)[None, :]
         if SPEC.SPLIT:
             code = gl.load(outputs.p_part + w)
             if (code & 255) > 1:  # what this writes to the outputs, `combine` overwrites
                 o_part = (code >> 16) * (SPEC.GROUPS * SPEC.BM)
                 p_part = outputs.p_part_o + o_part.to(gl.int64) * SPEC.HEAD_DIM
+                inside = (r < q_count)[:, None] & (c < SPEC.HEAD_DIM)[None, :]
                 gl.store(p_part + r[:, None] * SPEC.HEAD_DIM + c[None, :], acc, mask=inside)
                 value = gl.where(empty, float("-inf"), m + gl.log2(l))
                 gl.store(outputs.p_part_lse + o_part + o_m, value, mask=o_m < q_count)
-        gl.store(
-            outputs.p_o + base + o_out[:, None] + c[None, :],
-            acc.to(outputs.p_o.dtype.element_ty),
-            mask=inside,
-        )
+        _write(acc, base, q_start, q_count, x, SPEC, GROUP)
         if SPEC.LSE:
             value = gl.where(empty, float("-inf"), (m + gl.log2(l)) * _LN2)
             o_out = _rows_of_output(o_m, q_start, q_count, outputs, SPEC)

@@ -217,13 +217,14 @@ def pass_by(stage, phase, ring):
 
 @gluon.jit
 def attend(acc, l, m, q, e, stage, phase, factor, x, SPEC: gl.constexpr, MASK: gl.constexpr,
-           BOUNDED: gl.constexpr):  # fmt: skip
+           BOUNDED: gl.constexpr, done=None):  # fmt: skip
     """One block of keys and values joins the softmax: the body of the hot loop.
 
     acc [BM, D] and l: weighted values and weights so far, both relative to exp2(m), m [BM]. l is [BM],
     or with 8-bit values [BM, 8] of equal columns. factor: log2(e) * scale of the scores, one for all, [BM], or
     [BM, 4] of every thread of a row. MASK: "none", "run" of so many keys as the entry counts, or "bits".
-    BOUNDED: no score is above m, which stays as it is; otherwise m is the running maximum.
+    BOUNDED: no score is above m, which stays as it is; otherwise m is the running maximum. done: whether this is the
+    last one that needs q, None if it is not.
     """
     ring = x.ring
     # Sums of INT8 products, to which neither scales nor rows come before their maximum.
@@ -260,6 +261,8 @@ def attend(acc, l, m, q, e, stage, phase, factor, x, SPEC: gl.constexpr, MASK: g
     if SPEC.SCALED and MASK != "none":
         factor = gl.maximum(factor, 1.0e-35)  # -inf * 0 is no number, and -2^127 * 0 is not hidden
     mbarrier.arrive(ring.k_empty.index(stage), count=1)
+    if done is not None:
+        mbarrier.arrive(x.q_empty, count=1, pred=done)
 
     if BOUNDED:
         p = gl.exp2(s * factor - m[:, None])

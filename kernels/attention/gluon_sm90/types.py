@@ -22,7 +22,7 @@ class Spec:
     SCALED: queries and keys have scales, keys one a block, K_GROUPS a block, or with K_ROWS one a key.
     OFFSET: sums are of INT8 products, see policies. BIAS: a row is added to the scores of every tile.
     VALUES_8BIT: e4m3, transposed, a scale a channel. VALUES_MEAN: outputs get a number a channel added. BOUNDED: there are bounds of the scores.
-    LS, LO, LL: layouts of scores, output and sums of weights.
+    LS, LO, LL: layouts of scores, output and sums of weights. LW: of the output as it is written.
     """
 
     HEAD_DIM: int
@@ -49,6 +49,7 @@ class Spec:
     LS: gl.NVMMADistributedLayout
     LO: gl.NVMMADistributedLayout
     LL: gl.NVMMADistributedLayout
+    LW: gl.DistributedLinearLayout
     REGISTERS: int
     PRODUCER_REGISTERS: int
 
@@ -151,10 +152,11 @@ class Shared(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What the entries of one tile have in common. o_row: [BM] numbers of the queries in the tile; o_kind: where
-    `mask` says what an entry is to the consumer."""
+    """What the entries of one tile have in common. q_empty: the barrier that lets the queries go; o_row: [BM] numbers
+    of the queries in the tile; o_kind: where `mask` says what an entry is to the consumer."""
 
     ring: Ring
+    q_empty: gl.tensor
     p_count: gl.tensor
     p_mask: gl.tensor
     p_bits: gl.tensor
