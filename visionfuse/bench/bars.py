@@ -175,12 +175,11 @@ def _error(offset: int, recipe: str, most: float, of: tuple[int, str] | None = N
 
 _SAGE = (
     *(
-        _sage(key, "int8_fp8", least)
+        _sage(key, "int8_fp8+k_thread", least)  # the default of sage_attention
         for key, least in (("4608", 1.05), ("16896", 1.35), ("32760", 1.45), ("75600", 1.5))
     ),
     _sage("16896", "int8", 1.15),
-    _error(0, "int8_fp8", 0.0385),
-    _error(0, "int8_fp8+k_token", 0.0385),
+    _error(0, "int8_fp8+k_thread", 0.0385),
     _error(0, "int8", 0.015),
     *(
         _error(offset, name, 1.1, (0, name))
@@ -232,8 +231,7 @@ LIMITS: dict[str, str] = {
         0
     ].name: "Triton 3.6 waits for a product before it starts on the next softmax (ptxas C7515)",
     # sage
-    "error 0 int8_fp8 None": "rounding weights and values to e4m3 makes 0.0374, INT8 scores the rest; a scale for "
-    "every key, k_token, brings 0.0380, and 1.29x at 16,896 tokens",
+    "error 0 int8_fp8+k_thread None": "rounding weights and values to e4m3 makes 0.0374, INT8 scores the rest",
 }
 
 

@@ -113,7 +113,7 @@ def calibrate(
             "height": height, "width": width, "num_frames": frames, "guidance_scale": guidance,
             "max_sequence_length": max_sequence_length,
         }  # fmt: skip
-        shipped = model is None or Path(model).resolve() == MICRO
+        shipped = model is None or Path(model).resolve() == MICRO.resolve()
         if model is None and not MICRO.is_dir():
             raise ValueError("The shipped model is not here; name a folder or a model on the Hub.")
         call = (MICRO_CALL if shipped else {}) | {k: v for k, v in given.items() if v is not None}
