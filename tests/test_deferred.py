@@ -9,13 +9,16 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from visionfuse import report, routing
+from visionfuse import Precision, report, routing
+from visionfuse.deferred import Deferrals
 from visionfuse.kernels.attention import block_sparse_attention
 from visionfuse.kernels.attention.projected import Prelude, projected_attention
 from visionfuse.kernels.attention.prologue import PrologueSpec, reference
 from visionfuse.kernels.attention.prologue.kernel import INTERPRETED
 from visionfuse.kernels.plan import Dense, TileWindow, TokenLayout, plan_attention
 from visionfuse.patching import get
+from visionfuse.session import Choice, Way
+from visionfuse.sites import denoisers
 from visionfuse.testing import assert_within_budget
 from visionfuse.testing_families import TINY
 from visionfuse.testing_pipelines import Graphs, flux_pipeline, run, wan_pipeline
@@ -193,6 +196,26 @@ def test_on_a_cpu_nothing_is_fused_unasked():
         run(pipe, steps=1)
     assert calls.fused == 0
     assert "fused" not in str(report(pipe))
+
+
+def test_unasked_where_a_kernel_rounds_and_it_pays():
+    def deferral(pipe, precision="fp8", impl="gluon_sm90"):
+        denoiser = next(denoisers(pipe))
+        layers = denoiser.site.layers(denoiser.model)
+        found = Deferrals.of(denoiser.site, denoiser.model, layers, None)
+        way = Way(Choice(impl, [], Precision.parse(precision)))
+        return found.get(layers[0].processor, way)
+
+    with torch.no_grad():
+        for pipe, compiled in ((flux_pipeline(), True), (wan_pipeline(), False)):
+            assert deferral(pipe) is not None
+            assert deferral(pipe, precision="model") is None
+            assert deferral(pipe, impl="blocks") is None
+            pipe.transformer.compile_repeated_blocks(backend="eager")
+            assert (deferral(pipe) is not None) == compiled, (
+                "norms over all heads are as fast compiled"
+            )
+    assert deferral(flux_pipeline()) is None, "with gradients"
 
 
 class Adapted(nn.Module):

@@ -155,6 +155,7 @@ SMALL = {
     "python pipelines/export_kernels.py": "",
     "python pipelines/eval_fidelity.py": "--dry-run",
     "python pipelines/eval_video.py": f"{SHAPES} --captions 1 --seeds 0 --steps 2 --batch 1",
+    "python pipelines/scale_dit_fidelity.py": "--side 256 --captions 1 --ways enlarged 'scale_dit, low band' --batch 1 --device cpu",
     "python pipelines/train_scale_dit.py": "--size 64x64 --steps 1 --batch 1 --accumulate 1 --text-length 24 --device cpu",
     "python pipelines/train_wan_micro.py": f"{SHAPES} --dry-run --batch 2 --videos 4 --steps 1 --check-captions 1",
     "python pipelines/train_wan.py": "--height 32 --width 32 --videos 2 --held-out 2 --batch 1 --minutes 0.01 --device cpu",
@@ -230,6 +231,19 @@ def run(command: str, here: Path) -> str:
     return done.stdout
 
 
+def more_for(command: str) -> str | None:
+    """What makes it small; None where nothing here knows."""
+    return next((more for start, more in SMALL.items() if command.startswith(start)), None)
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=lambda text: text[:60])
+def test_a_test_runs_it(page, command):
+    """Which of them do is told here; that they run takes minutes."""
+    program, *words = shlex.split(command)
+    known = {"make": words[0] in MAKE, "pip": True}.get(program, more_for(command) is not None)
+    assert known, f"{page}: nothing here knows how to run {command!r}: see SMALL and MAKE"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command", sorted({command for _, command in COMMANDS}), ids=lambda text: text[:70]
@@ -242,8 +256,7 @@ def test_they_run(command, workplace):
         return
     for name, smaller in INSTEAD.items():
         command = command.replace(name, smaller)
-    more = next((more for start, more in SMALL.items() if command.startswith(start)), None)
-    assert more is not None, f"nothing here knows how to make {command!r} small"
+    more = more_for(command)
     if command.startswith("visionfuse demo"):
         _served(command, workplace)
         return

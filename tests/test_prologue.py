@@ -8,16 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from visionfuse.kernels.attention import prologue as host
-from visionfuse.kernels.attention.prologue import (
-    SWAPPED,
-    Operands,
-    PrologueSpec,
-    dequantized,
-    launch,
-    mean_step,
-    prologue,
-    reference,
-)
+from visionfuse.kernels.attention.prologue import PrologueSpec, dequantized, prologue, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INT8 = PrologueSpec(qk="int8", k_rows=128, v="fp8", v_layout="channels16", smooth_k=True)
@@ -115,7 +106,10 @@ def true_scale(quantized, name, spec, like):
         return quantized.v_scale[:, None]
     rows = spec.q_rows if name == "q" else spec.k_rows
     scale = quantized.q_scale / spec.softmax_scale if name == "q" else quantized.k_scale
-    return scale.repeat_interleave(rows, 2)[..., : like.shape[1]].transpose(1, 2)[..., None]
+    scale = scale if scale.dim() == 4 else scale[..., None]
+    token = torch.arange(like.shape[1], device=scale.device)  # key n is in group n % 8 // 2 of 4
+    found = scale[:, :, token // rows, token % 8 // (8 // scale.shape[3])]
+    return found.transpose(1, 2)[..., None]
 
 
 # Values -------------------------------------------------------------------------------------------
@@ -155,6 +149,18 @@ def test_scales_of_blocks_of_rows(rows):
     assert got.q_scale.shape == (1, 2, -(-131 // rows))
 
 
+@pytest.mark.parametrize("rows", [8, 64, 128])
+def test_scales_of_keys_by_thread(rows):
+    """Keys of one group of each block are small: they lose nothing to the large ones beside them."""
+    tensors, _ = inputs(length=131, heads=2, kv_heads=1, batch=1)
+    small = torch.arange(131) % 8 // 2 == 1
+    tensors[1][:, small] *= 1e-3
+    got = check(tensors, spec := PrologueSpec(qk="int8", k_rows=rows, k_groups=4))
+    assert got.k_scale.shape == (1, 1, -(-131 // rows), 4)
+    error = (dequantized(got, spec)[1] - tensors[1]).abs()[:, small].sum()
+    assert error < 0.02 * tensors[1][:, small].abs().sum()
+
+
 def test_more_heads_than_a_program_and_a_chunk_of_tokens():
     """11 query heads in groups of 8; 520 tokens in two partial sums."""
     tensors, options = inputs(length=520, heads=11, kv_heads=1, dim=32, batch=1)
@@ -173,7 +179,7 @@ def test_the_mean_is_over_every_few_of_many_tokens(length, step):
     (q, k, v), options = inputs(length=length, batch=1, heads=1, kv_heads=1, dim=16)
     tensors, options = (q[:, :5], k + 3.0, v), {"norm_k": options["norm_k"]}
     got = check(tensors, PrologueSpec(qk="int8", smooth_k=True), **options)
-    assert mean_step(length) == step
+    assert host.mean_step(length) == step
     normed = torch.nn.functional.rms_norm(tensors[1], (16,), options["norm_k"], 1e-6)[:, ::step]
     torch.testing.assert_close(got.k_mean, normed.mean(1), rtol=1e-4, atol=1e-4)
 
@@ -304,7 +310,7 @@ def test_channels16_has_tokens_in_the_order_of_the_registers():
     spec = PrologueSpec(v_layout="channels16", v_padding=16)
     got = prologue(v, v, v, spec)
     assert got.v.shape == (1, 1, 64, 48)
-    assert got.v[0, 0, 5, :32].tolist() == [*SWAPPED, *(16 + t for t in SWAPPED)]
+    assert got.v[0, 0, 5, :32].tolist() == [*host.SWAPPED, *(16 + t for t in host.SWAPPED)]
 
 
 # Memory -------------------------------------------------------------------------------------------
@@ -321,9 +327,9 @@ def test_everything_is_written_and_repeats_exactly(spec, monkeypatch):
             raw = torch.full((count,), byte, dtype=torch.uint8, device=device)
             return raw.view(dtype).view(shape)
 
-        monkeypatch.setattr(launch, "_empty", poisoned)
+        monkeypatch.setattr(host.launch, "_empty", poisoned)
         results.append(prologue(*tensors, spec, **options))
-    for name, a, b in zip(Operands._fields, *results, strict=True):
+    for name, a, b in zip(host.Operands._fields, *results, strict=True):
         if a is not None:
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
 
@@ -404,7 +410,8 @@ def test_what_is_not_finite_passes_through_same():
 def test_specs_are_checked_and_survive_a_dict():
     assert PrologueSpec.from_dict(INT8.to_dict()) == INT8
     for wrong in ({"qk": "int2"}, {"v": "int8"}, {"v_layout": "rows"}, {"q_rows": 3, "qk": "int8"},
-                  {"q_rows": 256, "qk": "int8"}, {"v_padding": 8}, {"softmax_scale": 0.1}, {"version": 2}):  # fmt: skip
+                  {"k_groups": 2, "k_rows": 8, "qk": "int8"}, {"k_groups": 4, "k_rows": 4, "qk": "int8"},
+                  {"k_groups": 4, "k_rows": 8}, {"q_rows": 256, "qk": "int8"}, {"v_padding": 8}, {"softmax_scale": 0.1}, {"version": 2}):  # fmt: skip
         with pytest.raises(ValueError, match=r"must|only|leave"):
             PrologueSpec(**wrong)
 

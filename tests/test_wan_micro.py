@@ -7,6 +7,7 @@ import torch
 from diffusers import WanPipeline
 
 import visionfuse
+from visionfuse.pipelines.compare import psnr
 from visionfuse.pipelines.train_wan_micro import GUIDANCE, draw_videos
 from visionfuse.recipe import Recipe
 from visionfuse.shapes.video import held_out_clips
@@ -52,7 +53,12 @@ def test_films_what_a_caption_says(pipe):
 
 def test_the_shipped_recipe_follows_its_three_phases(pipe):
     recipe = Recipe.load(FOLDER / "recipes" / "fps.json")
-    assert [span.variant for span in recipe.schedule.spans(20)] == ["coarse", "fine", "medium"]
+    spans = recipe.schedule.spans(20)
+    assert [(span.start, span.end) for span in spans] == [(0, 6), (6, 14), (14, 20)]
+    formats = {variant.name: str(variant.precision) for variant in recipe.variants}
+    for span, own in zip(spans, ("fp8_tile", "fp8", "fp8+q_warp"), strict=True):
+        assert {formats[name] for name in span.names} == {own}
+        assert len(span.names) == 8  # windows for every layer
     pipe.enable_visionfuse(recipe)
     try:
         film(pipe, [CAPTION], 3)
@@ -77,14 +83,16 @@ def test_the_tuned_transformer_stands_in_the_same_pipeline(pipe):
 @pytest.mark.slow
 def test_the_tuned_transformer_films_under_the_recipe(pipe):
     tuned = WanPipeline.from_pretrained(TUNED, dtype=torch.float32, use_safetensors=True)
-    right = []
+    stock, near = film(pipe, [CAPTION], 12), []
     for one in (pipe, tuned):
         one.enable_visionfuse(Recipe.load(FOLDER / "recipes" / "fps.json"))
         try:
-            right.append(score_clips(film(one, [CAPTION], 12), [CAPTION])[0].right)
+            videos = film(one, [CAPTION], 12)
         finally:
             one.disable_visionfuse()
-    assert right == [False, True]
+        near.append(psnr(videos[0], stock[0]))
+    assert score_clips(videos, [CAPTION])[0].right
+    assert near[1] > near[0] + 3, near
 
 
 @pytest.mark.slow

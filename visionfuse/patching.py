@@ -115,7 +115,7 @@ def enable_visionfuse(
     linear: "fp8" or "int8" to round large linear layers, or `Linears` to choose them; see `linears`. None: those of
         the recipe, if it names any.
     fuse: whether queries and keys are normed and rotated by the pass that rounds them, where processors are known; see
-        `deferred`. None: where a kernel rounds them.
+        `deferred`. None: where a kernel rounds them and it pays.
     options: of the named recipe, for example window, density, stride, dense_steps, precision.
 
     Only this object changes; another pipeline of the same class stays as it is, even where it shares the

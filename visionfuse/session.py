@@ -162,7 +162,7 @@ class Routing:
         layers = self.site.layers(self.model)
         self.processors = [layer.processor for layer in layers]
         self.routable = [not routing.refusal(processor) for processor in self.processors]
-        self.deferrals = ran.deferrals = Deferrals.of(self.site, layers, session.fuse)
+        self.deferrals = ran.deferrals = Deferrals.of(self.site, self.model, layers, session.fuse)
         self.parameters = list(inspect.signature(type(self.model).forward).parameters)[1:]
         self.names: tuple[str, ...] = ()
         self.undo = ExitStack()

@@ -108,7 +108,7 @@ class BlockPlan:
 
     @property
     def density(self) -> float:
-        """Visible pairs as a share of all pairs: the FLOPs that an ideal kernel would do."""
+        """Visible pairs as a share of all pairs, all variants alike: the FLOPs that an ideal kernel would do."""
         return self.visible / (self.variants * self.length_q * self.length_k)
 
     @property
@@ -129,7 +129,7 @@ class BlockPlan:
         taken = [1.0] * self.variants
         if self.variant is not None:
             times = self.variant.cpu().flatten().bincount(minlength=self.variants)
-            taken = (times.double() * (self.variants / times.sum())).tolist()
+            taken = (times.double() * self.variants / times.sum()).tolist()
         total = 0.0
         for entries in lists:
             variant, tile = entries.rows // self.tiles, entries.rows % self.tiles

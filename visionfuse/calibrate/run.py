@@ -141,9 +141,7 @@ class Calibration:
         found = list(denoisers(pipe))
         if not found:
             known = ", ".join(SITES)
-            raise ValueError(
-                f"{type(pipe).__name__} has no denoiser that is known, such as {known}."
-            )
+            raise ValueError(f"{type(pipe).__name__} has no denoiser among {known}.")
         self.pipe, self.task, self.journal, self.tell = pipe, task, journal, tell
         site, model = found[0].site, found[0].model
         self.blocks = block_classes(model, site.layers(model))

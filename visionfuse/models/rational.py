@@ -21,7 +21,7 @@ class RationalActivation(nn.Module):
     channel_dim: -1 for channels last, 1 for NCHW. Any shape and memory order.
 
     Names in a state dict are those of the published checkpoints: weight_numerator (1 or groups, m + 1),
-    weight_denominator (groups, n). Under autocast the result has autocast's dtype, and so has x where compiled.
+    weight_denominator (groups, n). Under autocast the result has autocast's dtype.
     """
 
     def __init__(
@@ -70,8 +70,6 @@ class RationalActivation(nn.Module):
         if self.training and self.noise > 0:
             spread = torch.empty_like(numerator).uniform_(1 - self.noise, 1 + self.noise)
             numerator = numerator * spread
-        if not torch.jit.is_scripting() and torch.compiler.is_compiling():
-            x = _as_products_want_it(x)
         return torch.ops.visionfuse.rational(
             x, numerator, self.weight_denominator, self.version, self.channel_dim
         )
@@ -83,17 +81,6 @@ class RationalActivation(nn.Module):
             f"{init}, {m}/{n}, num_groups={self.weight_denominator.shape[0]}, "
             f"version={'D' if self.noise else self.version!r}, channel_dim={self.channel_dim}"
         )
-
-
-def _as_products_want_it(x: Tensor) -> Tensor:
-    """In autocast's dtype: the compiler folds this into what writes x, a normalisation for one.
-
-    Alone it would be a pass over memory more, so eager code leaves x as it is.
-    """
-    kind = x.device.type
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
 
 
 class GRKANMlp(nn.Module):

@@ -34,10 +34,12 @@ class Deferral(NamedTuple):
     rotary: the argument of their call that holds the rotary tables; without it they rotate nothing.
     tables: of it, and of the text (B, S_text, C) if there is one, cos and sin of all tokens of the attention: [S, D]
         or [1, S, 1, D], every angle at two neighbouring channels.
+    across_heads: whether norms are over all heads of a token, which takes a pass before the one that rounds.
     """
 
     rotary: str
     tables: Callable[[Any, Tensor | None], tuple[Tensor, Tensor]] = lambda rotary, text: rotary
+    across_heads: bool = False
 
 
 def _stays(model: Model, arguments: Arguments, order: Tensor, memo: dict) -> Arguments:

@@ -47,5 +47,5 @@ SITES["WanTransformer3DModel"] = SITES["WanVACETransformer3DModel"] = Site(
     permute=permute,
     restore=restore,
     inside=rope_in_order("rope"),
-    deferrals={"WanAttnProcessor": Deferral("rotary_emb")},
+    deferrals={"WanAttnProcessor": Deferral("rotary_emb", across_heads=True)},
 )

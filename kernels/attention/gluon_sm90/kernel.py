@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_wait
 
 from .mask import EMPTY, KIND_SHIFT, WHOLE
-from .policies import attend, for_threads, ones_like_values, pass_by, thread_numbers
+from .policies import MASK_NUMBER, attend, for_threads, ones_like_values, pass_by, thread_numbers
 from .types import Boxes, Lists, Outputs, Queries, Ring, Scales, Shared, Sizes, Tile
 
 _EMPTY: gl.constexpr = gl.constexpr(EMPTY)
@@ -96,6 +96,8 @@ def _bring_blocks(x, SPEC: gl.constexpr):
         if SPEC.PARTIAL:
             for e in range(gl.load(lists.p_partial + row), gl.load(lists.p_partial + row + 1)):
                 _fetch(gl.load(lists.p_partial_start + e), b, h, tile, it, x, SPEC)
+                if SPEC.BITS:
+                    _touch_mask(e, x)
                 it += 1
         first, whole_end, last = _full_entries(row, w, x.outputs, lists, SPEC)
         if SPEC.RAGGED:
@@ -105,6 +107,19 @@ def _bring_blocks(x, SPEC: gl.constexpr):
         for e in range(first, whole_end):
             _fetch(gl.load(lists.p_full_start + e), b, h, tile, it, x, SPEC)
             it += 1
+
+
+@gluon.jit
+def _touch_mask(e, x):
+    """Bring the mask of entry e to the L1 cache: ptxas puts products behind its first use, so that consumers would wait
+    for the L2 cache before them. A never taken branch keeps the loads; prefetches are hints."""
+    line = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))  # of 32 words
+    words = x.sizes.block_q * 4
+    p = x.lists.p_bits + (gl.load(x.lists.p_mask + e) & MASK_NUMBER) * words
+    gl.inline_asm_elementwise(
+        "{ .reg .pred q; setp.eq.s32 q, $1, 0x2B992DDF; @q nanosleep.u32 1; mov.b32 $0, 0; }",
+        "=r,r", [gl.load(p + gl.minimum(line * 32, words - 1))], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -231,6 +246,7 @@ def _visit(acc, l, m, it, q, row, w, t, x, SPEC: gl.constexpr, BOUNDED: gl.const
         # Rows that the masked entries left empty: the loop below has no guard for -inf - -inf.
         # A finite floor far under any score keeps exp2(m - m_new) at zero.
         m = gl.maximum(m, -1.0e30)
+    # The last whole entry lets the queries go; without one, this.
     mbarrier.arrive(t.q_empty, count=1, pred=first >= whole_end)
     return _walk(acc, l, m, it, q, first, whole_end, lists.p_full_start, t, SPEC, "none", BOUNDED)
 

@@ -45,7 +45,7 @@ _LOG2E: gl.constexpr = gl.constexpr(math.log2(math.e))
 # log2 of the largest weight, just under the 448 of e4m3.
 _WEIGHT_LOG2: gl.constexpr = gl.constexpr(8.807)
 # The number of a mask, below the kinds of an entry (`mask`).
-_MASK_NUMBER: gl.constexpr = gl.constexpr((1 << KIND_SHIFT) - 1)
+MASK_NUMBER: gl.constexpr = gl.constexpr((1 << KIND_SHIFT) - 1)
 # Where sums of INT8 products begin: as fp32, and its bits.
 _OFFSET: gl.constexpr = gl.constexpr(1.5 * 2.0**23)
 # Bits of a score that a code of INT8 counts, from which sums of these and offsets are too coarse for 16-bit weights.
@@ -103,7 +103,7 @@ def _words_of(e, x, SPEC: gl.constexpr, MASK: gl.constexpr):
         words = bits.to(gl.int32)[None, :]
     else:
         row = gl.convert_layout(x.o_row, gl.SliceLayout(1, thread.type.layout.parent))
-        o_entry = (gl.load(x.p_mask + e) & _MASK_NUMBER) * (x.block_q * 4)
+        o_entry = (gl.load(x.p_mask + e) & MASK_NUMBER) * (x.block_q * 4)
         words = gl.load(x.p_bits + (o_entry + (row[:, None] * 4 + thread[None, :])))
     return words
 
