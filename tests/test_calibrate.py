@@ -308,7 +308,7 @@ def test_predicted_times_follow_work_and_formats():
     assert stock == pytest.approx(5.094, rel=0.12)
     assert ms[dense] == pytest.approx(3.739, rel=0.12)
     assert ms[int8] == pytest.approx(3.886, rel=0.12)
-    with pytest.raises(ValueError, match="int8. at head dim 128 is not known"):
+    with pytest.raises(ValueError, match=r"int8. at head dim 128 is not known"):
         candidate_ms(replace(dense, precision=Precision.parse("int8")), layout, setting)
 
 

@@ -104,7 +104,7 @@ def test_cuda_graphs_and_side_streams():
     torch.cuda.synchronize()
     for got in (other, captured):
         for x, y in zip(got, expected, strict=True):
-            assert torch.equal(x.float(), y.float())
+            assert (x is None and y is None) or torch.equal(x.float(), y.float())
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -118,7 +118,7 @@ def test_tensors_of_another_device_than_the_current_one():
     for _ in range(2):
         got = prologue(*moved(tensors), INT8, **{n: moved(x) for n, x in options.items()})
         for x, y in zip(got, expected, strict=True):
-            assert torch.equal(x.cpu().float(), y.cpu().float())
+            assert (x is None and y is None) or torch.equal(x.cpu().float(), y.cpu().float())
 
 
 # Compilation without a GPU ------------------------------------------------------------------------

@@ -289,7 +289,8 @@ def value_kernel(
     """A thread holds every ROWS-th row of the tile. Row m is token (m % ROWS) * BM / ROWS + m / ROWS, so
     that those are neighbours, and transposing moves registers and then whole 16 bytes."""
     program, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    h = (program % v.heads).to(tl.int64)  # heads side by side, and no second axis: it ends at 65,535 blocks
+    # Heads side by side; a second axis of the launch would end at 65,535 blocks.
+    h = (program % v.heads).to(tl.int64)
     element: tl.constexpr = v.out.dtype.element_ty
     o_d, o_m = tl.arange(0, BD), tl.arange(0, BM)
     first = program // v.heads * BM
