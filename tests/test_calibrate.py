@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from visionfuse import Neighborhood, Precision, Recipe
 from visionfuse.calibrate import command, compare, show
 from visionfuse.calibrate import run as calibration
-from visionfuse.calibrate.command import parse_candidates
+from visionfuse.calibrate.command import check_call, parse_candidates
 from visionfuse.calibrate.journal import Journal
 from visionfuse.calibrate.measure import MeasuringSession, block_classes, psnr
 from visionfuse.calibrate.run import Calibration, Task
@@ -397,3 +397,13 @@ def test_too_few_prompts(tmp_path):
     with pytest.raises(ValueError, match="has 2 prompts"):
         command.read_prompts(tmp_path / "p.txt", 3, 0, False)
     assert command.read_prompts(tmp_path / "p.txt", 2, 0, False) == ("one", "two")
+
+
+def test_calls_that_a_pipeline_cannot_make_are_refused():
+    pipe = flux_pipeline()
+    pipe.vae_scale_factor = 8  # of a whole FLUX; this one's VAE keeps every pixel
+    check_call(pipe, {"height": 64})
+    with pytest.raises(ValueError, match="FluxPipeline takes no frames"):
+        check_call(pipe, {"frames": 5})
+    with pytest.raises(ValueError, match="height=33 is no multiple of"):
+        check_call(pipe, {"height": 33})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from torch import nn
+from torch import library, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from visionfuse import Precision, report, routing
@@ -151,7 +151,7 @@ def test_shapes_strides_and_scale():
     q1, k1 = prelude.applied(q, k, v)
     expected = block_sparse_attention(q1, k1, v, plan, scale=0.5)
     torch.testing.assert_close(projected_attention(q, k, v, plan, prelude, scale=0.5), expected)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.visionfuse.projected_attention.default,
         (q, k, v, plan.to_tensors(), plan.scalars(), 0.5, "auto", "model", *prelude),
         test_utils=("test_schema", "test_faketensor"),

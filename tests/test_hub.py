@@ -206,7 +206,7 @@ made = card(recipe, base_model="someone/model", license="mit", figures="| PSNR |
 made.push_to_hub("someone/with-card")
 read = ModelCard.load("someone/with-card")
 assert read.content == made.content
-assert (read.data.library_name, read.data.base_model, read.data.license) == ("visionfuse", "someone/model", "mit")
+assert (read.data["library_name"], read.data.base_model, read.data.license) == ("visionfuse", "someone/model", "mit")
 assert Recipe.from_pretrained("someone/with-card") == recipe
 """
     talk(hub, tmp_path / "home", code)
@@ -253,7 +253,7 @@ def test_shipped_models_have_cards(page):
 
     data = ModelCard.load(page).data
     assert data.license == "mit"
-    assert data.library_name in ("diffusers", "timm")
+    assert data["library_name"] in ("diffusers", "timm")
     assert data.pipeline_tag
 
 

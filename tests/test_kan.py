@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import library, nn
 
 from visionfuse.kernels.kan import reference, rswaf_linear, unsupported_reasons
 from visionfuse.kernels.rational import UnsupportedError
@@ -172,8 +172,8 @@ def test_one_op_for_every_tracer(how):
 def test_opcheck():
     x, weight, grad = inputs((3, 16), 12)
     leaves = [t.clone().requires_grad_() for t in (x, weight)]
-    torch.library.opcheck(torch.ops.visionfuse.rswaf_linear.default, (*leaves,))
-    torch.library.opcheck(
+    library.opcheck(torch.ops.visionfuse.rswaf_linear.default, (*leaves,))
+    library.opcheck(
         torch.ops.visionfuse.rswaf_linear_backward.default,
         (grad, x, weight, -2.0, 2.0, 0.33, "auto", True, True),
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import library
 
 from visionfuse.kernels.attention.prologue import PrologueSpec, prologue, prologue_op
 from visionfuse.kernels.attention.prologue.launch import Inputs, plan_launches
@@ -60,8 +61,8 @@ def test_the_op_keeps_its_contract(spec):
     options["key_order"] = torch.arange(19, -1, -1, device=DEVICE)
     # Not "test_aot_dispatch_dynamic" and autograd: there is no backward.
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(prologue_op, (*tensors, *op_arguments(spec, options)), test_utils=checks)
-    torch.library.opcheck(prologue_op, (*tensors, *op_arguments(spec, {})), test_utils=checks)
+    library.opcheck(prologue_op, (*tensors, *op_arguments(spec, options)), test_utils=checks)
+    library.opcheck(prologue_op, (*tensors, *op_arguments(spec, {})), test_utils=checks)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

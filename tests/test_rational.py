@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from visionfuse.kernels.rational import UnsupportedError, rational, reference, unsupported_reasons
 from visionfuse.testing import assert_within_budget, poisoned_memory
@@ -335,8 +336,8 @@ def test_vmap():
 def test_opcheck():
     x, grad, a, b = inputs((3, 16))
     leaves = [t.requires_grad_() for t in (x, a, b)]
-    torch.library.opcheck(torch.ops.visionfuse.rational.default, (*leaves, "A", -1, None, "auto"))
-    torch.library.opcheck(
+    library.opcheck(torch.ops.visionfuse.rational.default, (*leaves, "A", -1, None, "auto"))
+    library.opcheck(
         torch.ops.visionfuse.rational_backward.default,
         (grad, *(t.detach() for t in leaves), "A", -1, "auto", True, True),
     )

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import library
 
 from visionfuse.kernels.attention import Precision, block_sparse_attention, quantized
 from visionfuse.kernels.attention import triton as triton_attention
@@ -109,7 +110,7 @@ def test_the_hopper_kernel_reads_a_byte_a_code():
 def test_under_torch_compile():
     q, k, v = inputs(length=20, dim=32)
     fixed = ("int4x2", 1, 16, 1, "same", "tokens", 128, True, 1.0, 1e-6)
-    torch.library.opcheck(prologue_op, (q, k, v, *fixed, *[None] * 6))
+    library.opcheck(prologue_op, (q, k, v, *fixed, *[None] * 6))
 
 
 def test_what_does_not_fit_is_refused():

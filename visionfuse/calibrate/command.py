@@ -266,6 +266,13 @@ def check_call(pipe: Any, call: dict[str, Any]) -> None:
     known = signature(type(pipe).__call__).parameters
     if unknown := [name for name in call if name not in known]:
         raise ValueError(f"{type(pipe).__name__} takes no {', '.join(unknown)}.")
+    # Pipelines round sides down by themselves, some with no more than a warning in their log.
+    pixels = getattr(pipe, "vae_scale_factor", getattr(pipe, "vae_scale_factor_spatial", 1))
+    for name in ("height", "width"):
+        if call.get(name, pixels) % pixels:
+            raise ValueError(
+                f"{name}={call[name]} is no multiple of {pixels}, the pixels of a latent."
+            )
 
 
 @contextmanager

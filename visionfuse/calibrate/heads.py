@@ -24,7 +24,7 @@ from ..kernels.plan import TileWindow
 from ..recipe import Recipe, Variant
 from ..recipes import FPS_PRECISIONS
 from ..schedule import Phase, Schedule
-from .measure import MeasuringSession, _call
+from .measure import MeasuringSession, attention_of
 from .run import Task
 
 BISECTIONS = 60  # of the price
@@ -112,7 +112,9 @@ class HeadSession(MeasuringSession):
         for index, chosen in enumerate(candidates):
             if chosen is None:  # the whole grid: the model's own attention
                 continue
-            error = (_call(qkv, scale, chosen)().float() - own.float()).square().sum((0, 1, 3))
+            error = (
+                (attention_of(qkv, scale, chosen)().float() - own.float()).square().sum((0, 1, 3))
+            )
             self.head_errors[index, layer, step // self.every] += (error / whole).cpu().numpy()
 
 

@@ -157,14 +157,14 @@ class MeasuringSession(Session):
             qkv, own = [x[:, :, kept] for x in qkv], own[:, :, kept]
         for index, chosen in enumerate(candidates):
             if chosen is not None:
-                self.errors.add((index, layer, step), _call(qkv, scale, chosen)(), own)
+                self.errors.add((index, layer, step), attention_of(qkv, scale, chosen)(), own)
 
     def time(self, qkv: Sequence[Tensor], scale: float | None, candidates) -> dict[str, float]:
         """Milliseconds of the model's own attention and of every candidate, in turns."""
         calls: dict[str, Callable[[], Tensor]] = {STOCK: partial(_stock, *qkv, scale)}
         for name, chosen in zip(self.names, candidates, strict=True):
             if chosen is not None:
-                calls[name] = _call(qkv, scale, chosen)
+                calls[name] = attention_of(qkv, scale, chosen)
         timing = time_in_turns({**calls}, device=qkv[0].device, seconds=TIMED_SECONDS)
         return {name: found.ms for name, found in timing.items()}
 
@@ -174,7 +174,7 @@ class MeasuringSession(Session):
         return next(iter(self.ran.values()), Ran()).ways
 
 
-def _call(qkv, scale: float | None, chosen: Routed) -> Callable[[], Tensor]:
+def attention_of(qkv, scale: float | None, chosen: Routed) -> Callable[[], Tensor]:
     q, k, v = qkv
     return lambda: block_sparse_attention(
         q, k, v, chosen.plans[0], scale=scale, impl=chosen.impl, precision=chosen.precision
