@@ -21,8 +21,9 @@ REPEATS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
-# Two workers share the cores, so a worker gets one thread. Nothing may be downloaded in a test.
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 -q
+# Workers share the cores, so a worker gets one thread; each begins with files of its own, so that what the tests of a
+# file share is made once, and takes from the others when it is done. Nothing may be downloaded in a test.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal -q
 
 PROMPT := a large red circle above a small blue square on a white background
 SCENE := a green triangle moves left while a red circle stays still on a white background

@@ -47,16 +47,28 @@ def compile_alone(pipe: Any) -> Callable[[], None]:
     return undo
 
 
+def variants_of(name: str, **recipe: Any) -> dict[str, Options]:
+    """Of a recipe, given as arguments of `enable_visionfuse`: alone, with compiled blocks, with 8-bit layers as well,
+    and with queries and keys normed by the model."""
+    compiled = {**recipe, "compile": True}
+    whole, apart = {**compiled, "linear": "fp8"}, {"fuse": False}
+    return {
+        name: recipe,
+        f"{name}, norms apart": recipe | apart,
+        f"{name} + compile": compiled,
+        f"{name} + compile + fp8 linears": whole,
+        f"{name} + compile + fp8 linears, norms apart": whole | apart,
+    }
+
+
 # The first is the baseline.
 VARIANTS: dict[str, Options] = {
     "stock": None,
     "stock + compile": compile_alone,
-    "sage": {"recipe": "sage"},
     "compile": {"compile": True},
+    "fp8 linears": {"linear": "fp8"},
     "compile + fp8 linears": {"compile": True, "linear": "fp8"},
-    "sage + compile": {"recipe": "sage", "compile": True},
-    "sage + compile + fp8 linears": {"recipe": "sage", "compile": True, "linear": "fp8"},
-    "the same, norms apart": {"recipe": "sage", "compile": True, "linear": "fp8", "fuse": False},
+    **variants_of("sage", recipe="sage"),
 }
 
 
@@ -258,7 +270,7 @@ def random_weights(
 
 
 def rows(results: list[Result], case: Case, steps: int) -> list[Row]:
-    """Three rows a variant: a whole call, a step (median), and a step of the last third; in the schema of
+    """Four rows a variant: a whole call, a step (median), one of the last third, and the cold start; in the schema of
     assets/bench. Speed-ups are relative to the first variant."""
     made = []
     base = results[0]
@@ -268,7 +280,7 @@ def rows(results: list[Result], case: Case, steps: int) -> list[Row]:
             (f"a call of {steps} steps", result.call, base.call),
             ("a step, median", result.step, base.step),
             ("a step, last third", result.fastest, base.fastest),
-            ("cold start", result.cold, base.cold),
+            ("cold start", result.cold, None),
         ):
             if result.failure and what != "a step, median":
                 continue
@@ -277,7 +289,7 @@ def rows(results: list[Result], case: Case, steps: int) -> list[Row]:
                 ms=None if result.failure else seconds * 1e3, peak_gib=result.peak_gib,
                 rel_l1=result.rel_l1, cosine=result.cosine, note=note,
             )  # fmt: skip
-            if result is not base and not result.failure and not base.failure:
+            if stock and result is not base and not result.failure and not base.failure:
                 row.baseline, row.speedup = base.name, stock / seconds
             made.append(row)
     return made

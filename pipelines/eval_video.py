@@ -5,13 +5,15 @@
 
 For every seed the stock pipeline draws the held-out captions, then each variant draws the same captions from
 the same noise, first with the model (training-free) and then with the `--tuned` one. OpenCV reads the videos
-back (`visionfuse.shapes.video_fidelity`). Every run becomes one row of `--csv` as soon as it ends. `--strips`
-gets pictures of the first captions: frames of stock, training-free and fine-tuned, one below the other.
+back (`visionfuse.shapes.video_fidelity`). Every run becomes one row of `--csv` as soon as it ends; with `--resume`
+those that it has are not run again. `--strips` gets pictures of the first captions: frames of stock, training-free
+and fine-tuned, one below the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,6 +101,29 @@ class Run(NamedTuple):
     def __str__(self) -> str:
         return f"{self.weights} weights, {self.variant}"
 
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """Weights, recipe and options, as in a row."""
+        return self.weights, Path(self.variant.recipe).name, self.variant.options
+
+
+def measured(args: argparse.Namespace) -> set[tuple[str, ...]]:
+    """What `--csv` has of these captions: (weights, recipe, options, seed)."""
+    if not (args.resume and args.csv and args.csv.exists()):
+        return set()
+    with args.csv.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    task = (_case(args), *map(str, (args.side, args.frames, args.steps, args.captions)))
+    return {
+        (row["weights"], row["recipe"], row["options"], row["seed"])
+        for row in rows
+        if (row["case"], row["size"], row["frames"], row["steps"], row["captions"]) == task
+    }
+
+
+def _case(args: argparse.Namespace) -> str:
+    return Path(args.model).resolve().name
+
 
 def draw_all(run: Run, clips: Sequence[Clip], args: argparse.Namespace, seed: int):
     """Videos, uint8 [N, F, H, W, 3], and seconds a video."""
@@ -183,12 +208,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     samples = _gap_samples(pipes["stock"], clips, args)
     facts = environment() | {"gpu": device_name(device)}
     rows: list[Row] = []
+    done = measured(args)
     for seed in args.seeds:
+        missing = [run for run in runs if (*run.names, str(seed)) not in done]
         first: dict[str, np.ndarray] = {}
         stock: np.ndarray | None = None
-        for run in runs:
+        for run in runs if missing else ():
+            if run not in missing and stock is not None:
+                continue
             run.variant.enable(run.pipe)
             videos, seconds = draw_all(run, clips, args, seed)
+            first[str(run)] = videos[: args.strip_captions]
+            if run not in missing:  # the stock videos, with which others are compared
+                stock = videos
+                continue
             said = report(run.pipe).denoisers
             losses = gap(run, samples, args.steps) if seed == args.seeds[0] else (None, None)
             each = [] if stock is None else [psnr(*two) for two in zip(videos, stock, strict=True)]
@@ -197,8 +230,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             differing = [value for value in each if value != float("inf")]
             gain = said[0].gain if said and run.variant.recipe != STOCK else None
             rows.append(Row(
-                case=Path(args.model).resolve().name, weights=run.weights, size=args.side,
-                frames=args.frames, recipe=Path(run.variant.recipe).name, options=run.variant.options,
+                case=_case(args), weights=run.weights, size=args.side,
+                frames=args.frames, recipe=run.names[1], options=run.variant.options,
                 density=None if gain is None else 1 / gain, steps=args.steps,
                 guidance=args.guidance, captions=len(clips), right=accuracy(verdicts),
                 new=accuracy(verdicts[::2]), seen=accuracy(verdicts[1::2]),
@@ -212,12 +245,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             for denoiser in said:
                 for reason, count in denoiser.notes.items():
                     print(f"  own attention: {reason} ({count}x)")
-            first[str(run)] = videos[: args.strip_captions]
             if args.csv:
                 append_row(args.csv, rows[-1])
-        if args.strips and seed == args.seeds[0]:
+        if args.strips and first and seed == args.seeds[0]:
             _strips(first, clips, args.strips)
-    _show(rows)
+    if rows:
+        _show(rows)
 
 
 def _load(model: str | Path, device: torch.device, dtype: torch.dtype) -> WanPipeline:
@@ -271,6 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", help="cuda or cpu (default: the fastest here)")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--csv", type=Path, help="append one row a run to this file")
+    add("--resume", action="store_true", help="leave out the runs that --csv has")
     add("--strips", type=Path, metavar="FOLDER", help="write frames of the first captions there")
     add("--strip-captions", type=int, default=4)
     add("--note", default="", help="for the note column of the CSV")

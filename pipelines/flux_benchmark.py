@@ -1,7 +1,8 @@
 """FLUX.1-dev with random weights, or a checkpoint, stock and accelerated: seconds a step and a call, memory, errors.
 
     python pipelines/flux.py --benchmark --size 1024x1024 --csv flux.csv
-    python pipelines/flux.py --benchmark assets/flux-micro --size 256x256 --steps 4 --base flux.csv
+    python pipelines/flux.py --benchmark --size 4096x4096 --steps 4 --recipes "gna density=0.3 precision=fp8 dense_steps=1"
+    python pipelines/flux.py --benchmark assets/flux-micro --size 256x256 --csv new.csv --base flux.csv
 
 Of large images in two stages (the recipe scale_dit) see `pipelines/scale_dit_benchmark.py`.
 """
@@ -16,8 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionfuse.pipelines.benchmark import VARIANTS, Case, benchmark, compare_csv, random_weights
+from visionfuse.cli import parse_options
+from visionfuse.pipelines.benchmark import (
+    VARIANTS,
+    Case,
+    benchmark,
+    compare_csv,
+    random_weights,
+    variants_of,
+)
 from visionfuse.pipelines.flux import Request, load
+from visionfuse.recipes import build as build_recipe
 
 PROMPT = "a large red circle above a small blue square on a white background"
 
@@ -27,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", nargs="?", help="folder or Hugging Face name; random weights by default")  # fmt: skip
     parser.add_argument("--size", default="1024x1024", help="height x width, pixels")
     parser.add_argument("--steps", type=int, default=28)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument(
+        "--recipes", default="", help="others than sage, with options, separated by commas"
+    )
+    parser.add_argument("--variants", nargs="+", help="of those in the table; all by default")
     parser.add_argument("--layers", type=int, help="with random weights, instead of the model's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--csv", type=Path, help="where rows go")
@@ -37,6 +50,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.base and not args.csv:
         parser.error("--base is compared with --csv; name that file too.")
     height, width = map(int, args.size.split("x"))
+    variants = dict(VARIANTS)
+    for words in filter(None, map(str.strip, args.recipes.split(","))):
+        name, *options = words.split()
+        variants |= variants_of(words, recipe=build_recipe(name, **parse_options(options)))
+    if unknown := set(args.variants or ()).difference(variants):
+        parser.error(f"Unknown variants {', '.join(unknown)}. Choose from: {'; '.join(variants)}.")
+    variants = {name: variants[name] for name in args.variants or variants}
 
     def build() -> tuple[Any, Any]:
         if args.model is None:
@@ -55,7 +75,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         return pipe, call
 
     case = Case(suite="flux", name=f"{args.model or 'FLUX.1-dev, random weights'}, {args.size}")
-    variants = {name: VARIANTS[name] for name in args.variants}
     benchmark(build, variants, steps=args.steps, case=case, csv=args.csv, commit=args.commit)
     if args.base:
         compare_csv(args.base, args.csv)

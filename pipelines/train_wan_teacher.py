@@ -76,6 +76,6 @@ def load(model: str, student: nn.Module, *, blocks: float) -> Teacher:
     from diffusers import WanTransformer3DModel
 
     found = WanTransformer3DModel.from_pretrained(
-        model, subfolder="transformer", torch_dtype=torch.float32, use_safetensors=True
+        model, subfolder="transformer", dtype=torch.float32, use_safetensors=True
     )
     return Teacher(found, student, blocks=blocks)

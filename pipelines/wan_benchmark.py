@@ -28,6 +28,7 @@ import visionfuse
 from visionfuse.bench.accuracy import sampled_errors
 from visionfuse.bench.table import Row
 from visionfuse.bench.timing import time_in_turns
+from visionfuse.choice import choose
 from visionfuse.kernels.attention import block_sparse_attention
 from visionfuse.kernels.plan import (
     AttentionPlan,
@@ -46,7 +47,6 @@ from visionfuse.pipelines.benchmark import (
 from visionfuse.profile.models import named
 from visionfuse.recipe import Recipe, Variant
 from visionfuse.schedule import STOCK, Schedule
-from visionfuse.session import choose
 
 SIZES = {"480p": (480, 832), "720p": (720, 1280)}
 PARTS = ("attention", "step", "combined")

@@ -21,7 +21,6 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 ENGINE = engine_cases.ENGINE
 TINY, WINDOW = engine_cases.TINY
 SUITES = {suite.name: suite for suite in (ENGINE, neighborhood_cases.NEIGHBORHOOD, sage_cases.SAGE)}
-FIELDS = ("case", "impl", "recipe", "speedup", "rel_l1", "note")
 
 
 def run(*arguments):

@@ -154,7 +154,7 @@ def test_two_runs(tmp_path, capsys):
 
 
 @pytest.mark.slow  # compiles four times
-def test_wan_combined(tmp_path):
+def test_wan_combined():
     from visionfuse.pipelines import wan_benchmark
     from visionfuse.recipes import build
 

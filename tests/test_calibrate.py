@@ -212,6 +212,8 @@ def test_an_interrupt_loses_nothing(pipe, family, tmp_path, monkeypatch):
 
 def test_a_journal_of_something_else(pipe, family, tmp_path):
     settings = task(family).to_dict()
+    Journal(tmp_path / "refused", settings, resume=False)
+    assert not (tmp_path / "refused").exists(), "what never ran left a folder"
     Journal(tmp_path, settings, resume=False).do("a", lambda: 1)
     with pytest.raises(ValueError, match="--resume goes on"):
         Journal(tmp_path, settings, resume=False)

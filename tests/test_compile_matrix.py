@@ -1,8 +1,8 @@
 """The GPU kernels compiled for GPUs that are not here: matrix instructions, spills, serialized wgmma.
 
-Run as a script with one case as JSON, the file compiles it and prints what it needs: a compiler that hangs
-or crashes then fails one case, and the Triton interpreter, which other tests turn on, replaces the
-compiler for a whole process. What is worse than it should be stands in KNOWN: no case may get worse
+Run as a script with cases as JSON, the file compiles them and prints what they need: a compiler that hangs
+or crashes then fails one case (the few fast ones share a process), and the Triton interpreter, which other
+tests turn on, replaces the compiler for a whole process. What is worse than it should be stands in KNOWN: no case may get worse
 than that, and a strict xfail says when one gets better.
 """
 
@@ -55,6 +55,8 @@ TRITON = [
     if not ("fp8" in inputs[0] and target in WITHOUT_FP8)
 ]
 FAST = [
+    (("cuda", 80), ("bfloat16", 128, "intervals", 128, 64)),
+    (("cuda", 89), ("float16", 128, "bits", 64, 64)),
     (("cuda", 90), ("bfloat16", 128, "intervals", 128, 128)),
     (("cuda", 90), ("fp8", 128, "intervals", 128, 128)),
     (("cuda", 80), ("int4", 128, "intervals", 64, 64)),
@@ -80,6 +82,11 @@ TRITON_SPILLS = {
 }
 # Head dim, keys of a block, whether the results of another kernel are merged.
 WHOLE = list(product((64, 128), (64, 128), (False, True)))
+FAST_WHOLE = (128, 128, True)
+TOGETHER = (
+    *(json.dumps(["triton", *target, *inputs]) for target, inputs in FAST),
+    json.dumps(["whole", *FAST_WHOLE]),
+)
 # Gradients: target, dtype, head dim, mask, queries and keys of a block, bias.
 BACKWARD = [
     *[
@@ -111,13 +118,17 @@ def triton_spills(target, inputs) -> int:
     return TRITON_SPILLS.get((target[1], *inputs[:2], *inputs[3:]), 0)
 
 
-@cache
 def compiled(case: str) -> dict:
-    """What a process of its own reports on a case (JSON)."""
+    """What a process of its own reports on a case (JSON); the fast ones share a process."""
+    return compiled_together(*(TOGETHER if case in TOGETHER else (case,)))[case]
+
+
+@cache
+def compiled_together(*cases: str) -> dict[str, dict]:
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, __file__, case], capture_output=True, text=True, env=environment,
-        timeout=SECONDS,
+        [sys.executable, __file__, *cases], capture_output=True, text=True, env=environment,
+        timeout=SECONDS * len(cases),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -174,7 +185,7 @@ def test_triton_does_not_spill(target, inputs):
 
 
 @pytest.mark.parametrize(
-    "variant", [pytest.param(v, marks=[] if v == (128, 128, True) else pytest.mark.slow) for v in WHOLE],
+    "variant", [pytest.param(v, marks=[] if v == FAST_WHOLE else pytest.mark.slow) for v in WHOLE],
     ids=name,
 )  # fmt: skip
 def test_whole_entries_on_hopper(variant):
@@ -348,6 +359,6 @@ def found(pattern: str, text: str) -> str:
 
 
 if __name__ == "__main__":
-    what, *arguments = json.loads(sys.argv[1])
     compilers = {"triton": compile_triton, "whole": compile_whole, "backward": compile_backward}
-    print(json.dumps(compilers[what](*arguments)))
+    cases = {case: json.loads(case) for case in sys.argv[1:]}
+    print(json.dumps({case: compilers[what](*rest) for case, (what, *rest) in cases.items()}))

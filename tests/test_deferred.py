@@ -10,6 +10,7 @@ from torch import library, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from visionfuse import Precision, report, routing
+from visionfuse.choice import Choice
 from visionfuse.deferred import Deferrals
 from visionfuse.kernels.attention import block_sparse_attention
 from visionfuse.kernels.attention.projected import Prelude, projected_attention
@@ -17,7 +18,7 @@ from visionfuse.kernels.attention.prologue import PrologueSpec, reference
 from visionfuse.kernels.attention.prologue.kernel import INTERPRETED
 from visionfuse.kernels.plan import Dense, TileWindow, TokenLayout, plan_attention
 from visionfuse.patching import get
-from visionfuse.session import Choice, Way
+from visionfuse.session import Way
 from visionfuse.sites import denoisers
 from visionfuse.testing import assert_within_budget
 from visionfuse.testing_families import TINY

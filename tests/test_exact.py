@@ -94,3 +94,32 @@ def test_self_check_sees_a_wrong_kernel(monkeypatch):
     wrong = lambda q, k, v, plan, impl, precision: v
     monkeypatch.setattr(exact, "block_sparse_attention", wrong)
     assert self_check.__wrapped__("reference", device, torch.float32, 32)[0] > 0.5
+
+
+def test_layers_that_stay_dense_take_the_faster_kernel_too(pipe, faster, monkeypatch):
+    sparse = {"density": 0.4, "dense_steps": 1, "dense_layers": (0,)}
+    with monkeypatch.context() as without:
+        without.setattr(exact, "GAINS", {})
+        pipe.enable_visionfuse("gna", **sparse)
+        own = run(pipe)
+        assert visionfuse.report(pipe).denoisers[0].dense == ""
+        pipe.disable_visionfuse()
+    pipe.enable_visionfuse("gna", **sparse)
+    monkeypatch.setattr(exact, "KERNEL", "reference")  # of other bits
+    got = run(pipe)
+    assert not torch.equal(got, own)
+    torch.testing.assert_close(got, own, rtol=0, atol=1e-5 * float(own.abs().max()))
+    found = visionfuse.report(pipe)
+    assert found.denoisers[0].dense == "reference"
+    assert found.denoisers[0].calls == {"plan": 2, "dense": 1}
+    assert "exact, in reference, which is faster here" in str(found)
+
+
+@pytest.mark.parametrize("kept", ["a short run", "a dense run", "a named implementation"])
+def test_what_stays_literally_stock(pipe, faster, kept):
+    options = {"min_steps": 99} if kept == "a short run" else {"dense_steps": 3}
+    if kept == "a named implementation":
+        options = {"dense_layers": 99, "impl": "blocks"}
+    pipe.enable_visionfuse("gna", density=0.4, **options)
+    assert torch.equal(run(pipe), faster)
+    assert visionfuse.report(pipe).denoisers[0].dense == ""

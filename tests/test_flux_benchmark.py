@@ -24,15 +24,16 @@ def rows_of(path):
 def test_flux(tmp_path, capsys):
     flux_pipeline().save_pretrained(tmp_path / "model")
     out = tmp_path / "flux.csv"
-    arguments = [str(tmp_path / "model"), "--size", "32x32", "--steps", "2", "--variants", "stock", "sage", "--device",
-                 "cpu", "--csv", str(out)]  # fmt: skip
+    gna = "gna density=0.5 dense_steps=0"
+    arguments = [str(tmp_path / "model"), "--size", "32x32", "--steps", "2", "--recipes", gna, "--variants", "stock",
+                 "sage", gna, "--device", "cpu", "--csv", str(out)]  # fmt: skip
     flux_benchmark.main(arguments)
-    impls = {row["impl"] for row in rows_of(out)}
-    assert {"stock", "sage"} <= impls
+    assert {row["impl"] for row in rows_of(out)} == {"stock", "sage", gna}
     flux_benchmark.main([*arguments, "--base", str(out)])
     assert "sage" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        flux_benchmark.main(["--base", str(out)])
+    for wrong in (["--base", str(out)], ["--variants", "fast"]):
+        with pytest.raises(SystemExit):
+            flux_benchmark.main(wrong)
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ SPECS = {
         f"{name}_groups": replace(spec, k_groups=4) for name, spec in EIGHT_BIT.items()
     },  # four scales for the keys of a block
     "int8_bf16_groups": PrologueSpec(qk="int8", k_rows=128, k_groups=4),
+    "fp8_head": replace(EIGHT_BIT["fp8"], k_rows=0),  # a scale for all keys of a head
 }
 # e4m3 weights are summed as they are multiplied, rounded to 4 bits: a sixteenth where one key has all of it.
 LSE_BUDGET = {name: 2e-3 if "bf16" in name else 1 / 16 for name in SPECS}
@@ -109,6 +110,9 @@ NAMES += pairs(
 )
 NAMES += pairs(["int8_fp8_groups"], ["dense", "dense-ragged", "dense-one-token", "dense-peaked", "lists-2-groups",
                                     "intervals", "variants", "bits"])  # fmt: skip
+NAMES += pairs(
+    ["fp8_head"], ["dense-ragged", "dense-one-token", "lists", "intervals", "variants", "bits"]
+)
 NAMES += pairs(["fp8_groups", "int8_bf16_groups"], ["dense-ragged", "bits"])
 # With a row of numbers added to the scores of every tile: each format and each case at both head dims.
 BIASED = ("dense", "dense-ragged", "lists", "intervals-2-groups", "bits")
@@ -221,8 +225,8 @@ def test_refuses_with_every_reason():
     pytest.importorskip("triton")
     from visionfuse.kernels.attention.gluon_sm90 import eight_bit
 
-    plan = random_plan(1, length_q=96, length_k=96, block_q=256, block_k=32, kind="bits")
-    q, k, v = torch.randn(3, 1, 96, 2, 144)
+    plan = random_plan(1, length_q=160, length_k=160, block_q=256, block_k=32, kind="bits")
+    q, k, v = torch.randn(3, 1, 160, 2, 144)
     x = quantize(q, k, v, "fp8")
     reasons = " ".join(eight_bit.unsupported(x, plan))
     for word in ("Hopper", "head dim", "at most 128 queries", "start at multiples of 128"):

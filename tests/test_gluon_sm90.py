@@ -273,6 +273,11 @@ def test_what_consumers_pass_by_costs_nothing():
     plan = group_plan(0, mixed=False)
     assert isinstance(plan.mask, BitMask)
     seen = plan.mask.bits.unflatten(1, (3, 64)).any(-1).any(-1).double().mean(1)  # [entries]
-    expected = plan.full.offset.diff() + _TILE_OVERHEAD
-    expected = expected.double().index_add(0, plan.partial.rows, seen)
-    torch.testing.assert_close(_items(plan, 1, 1)[1], expected)
+    entries = plan.full.offset.diff().double().index_add(0, plan.partial.rows, seen)
+    consumers = -(-plan.q_count // 64)
+    assert (
+        consumers.unique().numel() > 1
+    )  # of three, those of a short tile take more than their share
+    torch.testing.assert_close(
+        _items(plan, 1, 1)[1], entries * (consumers + 1) / 4 + _TILE_OVERHEAD
+    )

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SLOW = pytest.mark.slow
 
 
 def python(code: str) -> str:
@@ -33,19 +32,14 @@ def test_recipes_and_the_op_load_neither_triton_nor_diffusers():
     assert python(f"{code}; recipes.build('gna'); print({heavy})") == "[]"
 
 
-@pytest.mark.parametrize(
-    "order",
-    [
-        "import visionfuse, diffusers",
-        "import diffusers, visionfuse",
-        "from diffusers import ModularPipeline; import visionfuse",
-        pytest.param("from diffusers import DiffusionPipeline; import visionfuse", marks=SLOW),
-        pytest.param("import visionfuse; from diffusers import FluxPipeline", marks=SLOW),
-    ],
-)
-def test_methods_exist_in_either_order(order):
-    code = f"""
-{order}
+ORDERS = [
+    "import visionfuse, diffusers",
+    "import diffusers, visionfuse",
+    "from diffusers import ModularPipeline; import visionfuse",
+    "from diffusers import DiffusionPipeline; import visionfuse",
+    "import visionfuse; from diffusers import FluxPipeline",
+]
+METHODS = """
 from diffusers import DiffusionPipeline, FluxPipeline, ModularPipeline
 for cls in (DiffusionPipeline, FluxPipeline, ModularPipeline):
     for name in ("enable_visionfuse", "disable_visionfuse"):
@@ -58,7 +52,30 @@ assert type(module.__spec__.loader) is type(module.__loader__) is SourceFileLoad
 from diffusers.models.attention_dispatch import AttentionBackendName
 assert "visionfuse" not in list(AttentionBackendName)  # only once a pipeline is enabled
 """
-    python(code)
+# These take most of the time, and no part in it: children begin where they are loaded.
+IN_CHILDREN = """
+import os, sys, traceback
+import peft, requests, torch
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+assert not {{"diffusers", "visionfuse"}} & set(sys.modules)
+failed = []
+for code in {codes!r}:
+    if child := os.fork():
+        if os.waitpid(child, 0)[1]:
+            failed.append(code)
+        continue
+    try:
+        exec(code)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+sys.exit("failed: " + "\\n".join(failed) if failed else 0)
+"""
+
+
+def test_methods_exist_in_either_order():
+    python(IN_CHILDREN.format(codes=[order + METHODS for order in ORDERS]))
 
 
 def test_every_export_exists():

@@ -9,7 +9,7 @@ from torch import library, nn
 from visionfuse.kernels.kan import reference, rswaf_linear, unsupported_reasons
 from visionfuse.kernels.rational import UnsupportedError
 from visionfuse.models import FasterKAN
-from visionfuse.testing import poisoned_memory
+from visionfuse.testing import check_traced, poisoned_memory, saved_for_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLEMENTATIONS = ["portable", "triton"]
@@ -115,13 +115,10 @@ def test_nothing_as_large_as_the_basis_is_kept():
     x, weight, _ = inputs((256, 32), 48)
     kept = {}
     for impl in ("portable", "reference"):
-        sizes = []
         leaves = [t.detach().requires_grad_() for t in (x, weight)]
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
-        ):
+        with saved_for_backward() as saved:
             rswaf_linear(*leaves, impl=impl)
-        kept[impl] = max(sizes)
+        kept[impl] = max(t.numel() for t in saved)
     assert kept["portable"] == max(x.numel(), weight.numel())
     assert kept["reference"] == 8 * x.numel()
 
@@ -153,20 +150,11 @@ class Layer(nn.Module):
         return torch.ops.visionfuse.rswaf_linear(x * 1.0, self.weight)
 
 
-@pytest.mark.parametrize("how", ["compile", "script", "fx", "export"])
+@pytest.mark.parametrize(
+    "how", ["aot_eager", "script", "fx", "export", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 def test_one_op_for_every_tracer(how):
-    module, x = Layer(), inputs((3, 5, 16), 12)[0]
-    traced = {
-        "compile": lambda: torch.compile(module, fullgraph=True),
-        "script": lambda: torch.jit.script(module),
-        "fx": lambda: torch.fx.symbolic_trace(module),
-        "export": lambda: torch.export.export(module, (x,)).module(),
-    }[how]()
-    torch.testing.assert_close(traced(x), module(x))
-    if how != "export":
-        expected = torch.autograd.grad(module(x).square().sum(), module.weight)
-        got = torch.autograd.grad(traced(x).square().sum(), module.weight)
-        torch.testing.assert_close(got, expected)
+    check_traced(how, Layer(), inputs((3, 5, 16), 12)[0])
 
 
 def test_opcheck():

@@ -31,16 +31,18 @@ CASES = {"bf16": ("bfloat16", "bfloat16"), "autocast": ("float32", "bfloat16"), 
 ROWS, CHANNELS, OUTPUTS, COUNT = 6272, 512, 1024, 8  # the last stage of MedViT-S, batch 128
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        pytest.param(t, marks=[] if t == ("cuda", 90) else [pytest.mark.slow], id=f"{t[0]}-{t[1]}")
-        for t in TARGETS
-    ],
-)
+def test_hopper():
+    check(("cuda", 90), ["bf16"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: f"{t[0]}-{t[1]}")
 def test_every_gpu(target):
+    check(target, list(CASES))
+
+
+def check(target: tuple[str, int | str], names: list[str]) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    names = ["bf16"] if target == ("cuda", 90) else list(CASES)
     done = subprocess.run(
         [sys.executable, __file__, json.dumps([*target, names])], capture_output=True, text=True,
         env=environment, timeout=SECONDS,

@@ -15,6 +15,7 @@ from timm.models import create_model, get_pretrained_cfg, list_models, list_pret
 from timm.models._features_fx import GraphExtractNet
 
 from visionfuse.models import KAT, GRKANMlp, RationalActivation
+from visionfuse.testing import memory_of, saved_for_backward
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("kat_tiny_patch16_224", "kat_small_patch16_224", "kat_base_patch16_224")
@@ -104,7 +105,7 @@ def test_saved_for_the_hub(tmp_path, images):
     assert torch.equal(model.eval()(images), again.eval()(images))
 
 
-def test_block_is_that_of_the_paper(images):
+def test_block_is_that_of_the_paper():
     """act1, linear, act2, linear, with P shared by 8 groups of channels."""
     mlp = small().eval().blocks[0].mlp
     x = torch.randn(2, 5, 192)
@@ -140,16 +141,10 @@ def test_recomputation_saves_memory_and_changes_nothing(images):
     for recompute in (False, True):
         model = small().train()
         model.set_recompute(recompute)
-        storages = {}  # what autograd keeps, by address
-
-        def keep(t, storages=storages):
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        with saved_for_backward() as saved:
             loss = model(images).square().sum()
+        kept.append(memory_of(saved))
         loss.backward()
-        kept.append(sum(storages.values()))
         grads.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(*grads)
     outputs = 3 * 2 * 10 * (192 + 4 * 192) * 4  # blocks, images, tokens, channels, bytes

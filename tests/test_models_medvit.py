@@ -14,6 +14,7 @@ from timm.models._features_fx import GraphExtractNet
 from visionfuse.models import medvit_blocks
 from visionfuse.models.medvit_blocks import NeighborhoodAttention
 from visionfuse.models.medvit_published import checkpoint_filter_fn, published_state_dict
+from visionfuse.testing import memory_of, saved_for_backward
 
 NAMES = ("medvit_tiny", "medvit_small", "medvit_base", "medvit_large")
 SMALL = {
@@ -295,18 +296,10 @@ def test_recomputation_saves_memory_and_changes_nothing(images):
     for recompute in (False, True):
         model = small(drop_path_rate=0.0).train()
         model.set_recompute(recompute)
-        storages = {}  # what autograd keeps, by address
-        alive = []
-
-        def keep(t, storages=storages, alive=alive):
-            alive.append(t)
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        with saved_for_backward() as saved:
             loss = model(images).square().sum()
+        kept.append(memory_of(saved))
         loss.backward()
-        kept.append(sum(storages.values()))
         found.append([p.grad for p in model.parameters()] + list(model.buffers()))
     assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
     # Two activations of three times the channels, and the gated one: five tensors of a local block.

@@ -75,8 +75,9 @@ def compare(seed: int, rank: int, impls: tuple[str, ...]):
         torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=0, msg=f"{impl}: {grid}, {spec}")
 
 
+# With seed 4 some axis is causal and one dilated, in every rank.
 @pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, 3, 4])
 def test_natten_agrees(seed, rank):
     compare(seed, rank, ("blocks", "flex", "reference"))
 
@@ -117,7 +118,7 @@ def compare_functions(seed: int, rank: int):
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_functions_agree(rank):
-    for seed in range(4):
+    for seed in (1, 4):
         compare_functions(seed, rank)
 
 

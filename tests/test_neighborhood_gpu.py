@@ -98,13 +98,19 @@ def test_auto_on_the_gpu(grid, rule, dim, dtype):
 
 
 @gpu
-@pytest.mark.parametrize("precision", ["fp8", "int8_fp8", "int8_fp8+smooth_q+smooth_v"])
+@pytest.mark.parametrize(
+    "precision", ["fp8", "fp8+k_tensor", "int8_fp8", "int8_fp8+smooth_q+smooth_v"]
+)
 @pytest.mark.parametrize(
     ("grid", "rule"),
     [
         ((21, 30, 52), {"window": (12, 16, 16), "stride": (4, 8, 8)}),
         ((21, 30, 52), {"window": (21, 9, 17), "stride": (1, 3, 6)}),
         ((64, 80), {"window": 32, "stride": 16}),
+        (
+            (48, 64),
+            {"window": 21},
+        ),  # one scale for the keys of a head: cells of keys that divide the grid
         ((37, 29), {"window": 9, "causal": (True, False)}),
     ],
     ids=str,

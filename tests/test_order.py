@@ -7,8 +7,6 @@ from hypothesis import strategies as st
 
 from visionfuse.kernels.order import Order, hilbert_index, inverse_permutation, order_grid
 
-GRIDS = [(7,), (5, 9), (16, 16), (3, 5, 7)]
-
 
 @given(
     grid=st.lists(st.integers(1, 12), min_size=1, max_size=3).map(tuple),

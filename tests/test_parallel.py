@@ -7,9 +7,12 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from visionfuse import TokenLayout, parallel
 from visionfuse.context import ACTIVE
@@ -18,13 +21,23 @@ WORKER = Path(__file__).with_name("parallel_worker.py")
 
 
 def test_two_processes_compute_what_one_does():
+    _compute_what_one_does(2)
+
+
+@pytest.mark.slow
+def test_four_processes_compute_what_one_does():
+    _compute_what_one_does(4)
+
+
+def _compute_what_one_does(processes: int) -> None:
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
+    count = ["--nproc-per-node", str(processes)]
+    launch = ["-m", "torch.distributed.run", "--standalone", *count, str(WORKER)]
     ran = subprocess.run(
         [sys.executable, *launch], env=os.environ | environment, capture_output=True, text=True, timeout=400
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-4000:]
-    assert ran.stdout.count("all well") == 2, ran.stdout[-4000:]
+    assert ran.stdout.count("all well") == processes, ran.stdout[-4000:]
 
 
 class Config:
@@ -53,7 +66,8 @@ class Processor:
             (4, 4),
         ),
         (Config(ulysses=4), TokenLayout.joint(text=6, grids=[(4, 4)]), "6 and 16 tokens", ()),
-        (Config(ring=2), TokenLayout.joint(grids=[(4, 4)]), "ulysses_degree", ()),
+        (Config(ring=2), TokenLayout.joint(grids=[(4, 4)]), "a dense recipe", ()),
+        (Config(ring=2, ulysses=2), TokenLayout.joint(grids=[(4, 4)]), "at once", ()),
         (
             Config(ulysses=2, anything=True),
             TokenLayout.joint(grids=[(4, 4)]),
@@ -64,7 +78,7 @@ class Processor:
 )
 def test_enter(config, layout, reason, streams):
     try:
-        said = parallel.enter([Processor(), Processor(config)], layout)
+        said = parallel.enter([Processor(), Processor(config)], layout, dense=False)
         assert reason in said
         assert bool(said) == bool(reason)
         assert ACTIVE.streams == streams
@@ -92,3 +106,32 @@ def test_exchange_there_and_back(streams, parts):
         back.append(parallel._by_tokens(mine, parts, cuts))
     for rank in range(parts):
         assert torch.equal(parallel._all_heads(torch.stack([x[rank] for x in back])), local[rank])
+
+
+def test_compiled_exchanges_are_waited_for_when_all_are_on_their_way():
+    """PyTorch's wrapper would wait for each at once while it is traced."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    ACTIVE.streams, order = (8,), []
+    mesh = dist.init_device_mesh("cpu", (2,))
+    own = SimpleNamespace(_ulysses_mesh=mesh, ulysses_degree=2, ring_degree=1)
+    config, plan = SimpleNamespace(context_parallel_config=own), SimpleNamespace(variant=None)
+
+    def backend(graph, inputs):
+        order.extend(
+            str(node.target).removeprefix("_c10d_functional.") for node in graph.graph.nodes
+        )
+        return graph.forward
+
+    try:
+        split = torch.compile(parallel.attend, backend=backend, fullgraph=True)
+        x = torch.randn(1, 4, 2, 8)
+        assert split(x, x, x, plan, config, lambda q, k, v, plan: q + k * v).shape == x.shape
+    finally:
+        dist.destroy_process_group()
+        ACTIVE.clear()
+        torch._dynamo.reset()
+    send, wait = "all_to_all_single", "wait_tensor"
+    assert [what for what in order if what in (send, wait)] == [send] * 3 + [wait] * 3 + [
+        send,
+        wait,
+    ]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import visionfuse
-from visionfuse import Order, Precision, Recipe, recipes, session
-from visionfuse.session import choose
+from visionfuse import Order, Precision, Recipe, choice, recipes, session
+from visionfuse.choice import Choice, choose
 from visionfuse.testing_pipelines import flux_pipeline, run, wan_pipeline
 
 BUILD = {"flux": flux_pipeline, "wan": wan_pipeline}
@@ -186,43 +186,43 @@ def machine(monkeypatch):
 
     def set_up(kernels: dict[str, str], failed: str = ""):
         monkeypatch.setattr(
-            session,
+            choice,
             "select_implementation",
             lambda device, dtype, dim, precision="model": (
                 (kernels[str(precision)], []) if str(precision) in kernels
                 else ("blocks", [f"gluon_sm90: no {precision}"])
             ),
         )  # fmt: skip
-        monkeypatch.setattr(session, "failed_check", lambda *_: failed)
+        monkeypatch.setattr(choice, "failed_check", lambda *_: failed)
         return lambda device: choose.__wrapped__("auto", device, torch.bfloat16, 128, FP8)
 
     return set_up
 
 
 def test_a_kernel_is_taken_where_there_is_one(machine):
-    choice = machine({"fp8": "gluon_sm90", "model": "gluon_sm90"})(GPU)
-    assert (choice.impl, choice.precision, choice.precision_reasons) == ("gluon_sm90", FP8, [])
+    found = machine({"fp8": "gluon_sm90", "model": "gluon_sm90"})(GPU)
+    assert (found.impl, found.precision, found.precision_reasons) == ("gluon_sm90", FP8, [])
 
 
 def test_a_gpu_without_a_kernel_keeps_the_models_precision_and_says_why(machine):
-    choice = machine({"model": "triton"})(GPU)
-    assert (choice.impl, choice.precision) == ("triton", Precision())
-    assert choice.precision_reasons == ["gluon_sm90: no fp8"]
+    found = machine({"model": "triton"})(GPU)
+    assert (found.impl, found.precision) == ("triton", Precision())
+    assert found.precision_reasons == ["gluon_sm90: no fp8"]
 
 
 def test_a_kernel_that_fails_its_check_is_not_used(machine):
-    choice = machine({"fp8": "gluon_sm90", "model": "triton"}, "it failed its self-check")(GPU)
-    assert (choice.impl, choice.precision) == ("triton", Precision())
-    assert choice.precision_reasons == ["gluon_sm90: it failed its self-check"]
+    found = machine({"fp8": "gluon_sm90", "model": "triton"}, "it failed its self-check")(GPU)
+    assert (found.impl, found.precision) == ("triton", Precision())
+    assert found.precision_reasons == ["gluon_sm90: it failed its self-check"]
 
 
 def test_a_cpu_emulates(machine):
-    choice = machine({"model": "blocks"})(CPU)
-    assert (choice.impl, choice.precision) == ("blocks", FP8)
+    found = machine({"model": "blocks"})(CPU)
+    assert (found.impl, found.precision) == ("blocks", FP8)
 
 
 def test_the_report_says_why_a_precision_was_refused(pipe, stock, monkeypatch):
-    refused = session.Choice("blocks", [], Precision(), ["gluon_sm90: no fp8"])
+    refused = Choice("blocks", [], Precision(), ["gluon_sm90: no fp8"])
     monkeypatch.setattr(session, "choose", lambda *_: refused)
     pipe.enable_visionfuse("dense", precision="fp8")
     assert torch.equal(run(pipe), stock)

@@ -135,7 +135,9 @@ def test_the_kernels_multiply_what_the_emulation_does(shape, precision):
 @pytest.mark.parametrize(("format", "dim"), [("fp8", 24), ("int8", 16)])
 def test_codes_of_queries_by_tile(format, dim):
     """Bit for bit but for a code here and there, where a scale was rounded to fp32; on plans with gaps."""
-    query_tiles = pytest.importorskip("visionfuse.kernels.attention.query_tiles")
+    pytest.importorskip("triton")
+    from visionfuse.kernels.attention import query_tiles
+
     plan = random_plan(3, length_q=130, length_k=40, block_q=48, block_k=16, ragged=True).to(DEVICE)
     g = torch.Generator().manual_seed(1)
     q = torch.randn(2, 3, 130, dim, generator=g).to(DEVICE).transpose(1, 2) * 10

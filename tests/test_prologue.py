@@ -13,6 +13,9 @@ from visionfuse.kernels.attention.prologue import PrologueSpec, dequantized, pro
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INT8 = PrologueSpec(qk="int8", k_rows=128, v="fp8", v_layout="channels16", smooth_k=True)
 FP8 = PrologueSpec(qk="fp8", q_rows=4, k_rows=16, v="fp8", softmax_scale=0.3)
+OF_HEAD = replace(FP8, k_rows=0)  # one scale for all keys of a head
+SPECS = {"same": PrologueSpec(), "int8": INT8, "fp8": FP8, "head": OF_HEAD}
+every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 # Largest relative rounding error. bf16: a whole ulp and not half in the interpreter, which truncates
 # (Triton 3.6).
 UNIT = {
@@ -104,7 +107,7 @@ def true_scale(quantized, name, spec, like):
     """Scales as [B, S, H, 1] or [B, 1, H, D]."""
     if name == "v":
         return quantized.v_scale[:, None]
-    rows = spec.q_rows if name == "q" else spec.k_rows
+    rows = spec.q_rows if name == "q" else spec.k_rows or like.shape[1]
     scale = quantized.q_scale / spec.softmax_scale if name == "q" else quantized.k_scale
     scale = scale if scale.dim() == 4 else scale[..., None]
     token = torch.arange(like.shape[1], device=scale.device)  # key n is in group n % 8 // 2 of 4
@@ -116,7 +119,7 @@ def true_scale(quantized, name, spec, like):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("spec", [PrologueSpec(), INT8, FP8], ids=["same", "int8", "fp8"])
+@every_spec
 def test_all_features_at_once(spec, dtype):
     tensors, options = inputs(dtype=dtype)
     check(tensors, spec, **options)
@@ -165,6 +168,8 @@ def test_more_heads_than_a_program_and_a_chunk_of_tokens():
     """11 query heads in groups of 8; 520 tokens in two partial sums."""
     tensors, options = inputs(length=520, heads=11, kv_heads=1, dim=32, batch=1)
     check(tensors, replace(INT8, k_rows=64), **options)
+    got = check(tensors, replace(OF_HEAD, smooth_k=True), **options)
+    assert (got.k_scale.shape, got.k.float().abs().amax() > 200) == ((1, 1, 1), True)
 
 
 def test_queries_and_keys_of_different_length():
@@ -210,7 +215,7 @@ def test_any_combination(data):
     check(tensors, spec, **kept)
 
 
-@pytest.mark.parametrize("spec", [PrologueSpec(), INT8, FP8], ids=["same", "int8", "fp8"])
+@every_spec
 def test_norm_over_all_heads(spec):
     """Wan's: one mean square of a token over its 5 query and 3 key heads, which no power of two holds."""
     (q, _, _), options = inputs(length=45, heads=5)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = sorted((ROOT / "assets" / "docs").glob("*.md"))
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *DOCS]
+CARDS = sorted(ROOT.glob("assets/*/README.md"))
 PYTHON = re.compile(r"(<!-- run -->\n)?```python\n(.*?)```", re.DOTALL)
 
 
@@ -34,7 +35,7 @@ def test_tables_are_current(page):
     )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*PAGES, *CARDS], ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("https://"):

@@ -29,6 +29,7 @@ def test_stages_run_one_after_the_other_and_resume(tmp_path, monkeypatch, capsys
         monkeypatch.setattr("sys.argv", ["train_flux_micro.py", *arguments])
         train_flux_micro.main()
 
+    monkeypatch.setitem(train_flux_micro.train_text.__globals__, "BATCH", 16)  # takes most of it
     run("vae")
     run("text")
     assert "captions with new pairs" in capsys.readouterr().out

@@ -315,14 +315,18 @@ def test_commands_train_and_measure(model, tmp_path, capsys):
     assert stock.keys() == tuned.keys()
     assert not any("_name_or_path" in path.read_text() for path in tmp_path.rglob("config.json"))
     assert any(not torch.equal(stock[name], tuned[name]) for name in stock)
-    eval_video.main([
-        str(model), "--tuned", str(tmp_path / "model"), "--variants", FPS, "--captions", "2",
-        "--seeds", "0", "1", "--side", str(SIDE), "--steps", "2", "--batch", "2", "--device", "cpu",
-        "--csv", str(tmp_path / "video.csv"), "--strips", str(tmp_path / "strips"),
-        "--strip-captions", "1",
-    ])  # fmt: skip
-    with (tmp_path / "video.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    table = tmp_path / "video.csv"
+
+    def evaluated(*more: str) -> list[dict[str, str]]:
+        eval_video.main([
+            str(model), "--tuned", str(tmp_path / "model"), "--variants", FPS, "--captions", "2",
+            "--seeds", "0", "1", "--side", str(SIDE), "--steps", "2", "--batch", "2", "--device", "cpu",
+            "--csv", str(table), "--strips", str(tmp_path / "strips"), "--strip-captions", "1", *more,
+        ])  # fmt: skip
+        with table.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    rows = evaluated()
     runs = [("stock", "stock"), ("stock", "fps"), ("tuned", "fps")]
     assert [(row["weights"], row["recipe"]) for row in rows] == runs * 2
     assert [row["seed"] for row in rows] == ["0"] * 3 + ["1"] * 3
@@ -330,6 +334,10 @@ def test_commands_train_and_measure(model, tmp_path, capsys):
     assert all(float(row["psnr"]) > 3 and 0 < float(row["density"]) < 1 for row in rows[1:3])
     assert all(float(row["loss"]) > 0 for row in rows[:3])
     assert len(list((tmp_path / "strips").glob("*.png"))) == 1
+    table.write_text("\n".join(table.read_text().splitlines()[:-1]) + "\n")  # cut in its last run
+    again = evaluated("--resume")
+    assert all(row.pop("seconds_per_video") for row in rows + again)
+    assert again == rows
     with pytest.raises(SystemExit):
         train_wan.main([str(model), "--recipe", "nothing", "--steps", "1", *size])
     assert "Unknown recipe" in capsys.readouterr().err

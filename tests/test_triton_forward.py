@@ -1,16 +1,9 @@
 """The portable Triton forward: in the interpreter here, on the GPU where there is one. (Its 8-bit paths:
-test_triton_8bit.py; the kernel for whole entries on Hopper: test_triton_sm90.py.)
-
-Run as a script, the file compiles the kernel for GPUs that are not there and prints what they need:
-the interpreter replaces the compiler for a whole process, so this takes a process of its own.
+test_triton_8bit.py; the kernel for whole entries on Hopper: test_triton_sm90.py; compiled for GPUs that are not
+here: test_compile_matrix.py.)
 """
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,16 +19,9 @@ from visionfuse.kernels.plan.compress import compress
 from visionfuse.kernels.plan.layout import TokenLayout
 from visionfuse.kernels.plan.neighborhood import Neighborhood
 from visionfuse.kernels.plan.planner import BlockShape, plan_attention
-from visionfuse.testing import (
-    check_attention,
-    compile_target,
-    dense_attention,
-    kernel_report,
-    random_plan,
-)
+from visionfuse.testing import check_attention, dense_attention, random_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def tensors(plan, *, batch=1, heads=1, kv_heads=None, dim=32, dtype=torch.float32, seed=0):
@@ -290,61 +276,3 @@ def test_addresses_beyond_32_bits():
     mask = torch.ones(1, 1, 100, 100, dtype=torch.bool, device=DEVICE)
     exact = dense_attention(*[q.double()] * 3, mask, 0.125, accumulate=torch.float64)[0]
     torch.testing.assert_close(out.double(), exact, atol=2e-2, rtol=0)
-
-
-# Compilation without a GPU -------------------------------------------------------------------------
-
-# (backend, arch, dtype, head dim, block_q, block_k, kind): shared memory of the GPU in KiB, matrix
-# instruction that must be there, and bytes of spilled registers a thread that are accepted.
-COMPILED = {
-    ("cuda", 80, "bfloat16", 128, 128, 64, "intervals"): (163, "mma.sync", 128),
-    ("cuda", 89, "float16", 64, 128, 64, "bits"): (99, "mma.sync", 128),
-    ("cuda", 90, "bfloat16", 128, 128, 64, "intervals"): (227, "wgmma.mma_async", 264),
-    ("hip", "gfx942", "bfloat16", 64, 128, 64, "intervals"): (64, "v_mfma", None),
-}
-
-
-@pytest.fixture(scope="module")
-def reports():
-    run = subprocess.run(
-        [sys.executable, __file__], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    return dict(zip(COMPILED, json.loads(run.stdout.splitlines()[-1]), strict=True))
-
-
-@pytest.mark.parametrize("case", COMPILED, ids=str)
-def test_compiles(case, reports):
-    limit, instruction, spills = COMPILED[case]
-    report = reports[case]
-    assert report["shared"] <= limit * 1024
-    assert instruction in report["instructions"]
-    assert spills is None or report["spills"] <= spills
-
-
-def compile_all():
-    found = []
-    for backend, arch, dtype, dim, block_q, block_k, kind in COMPILED:
-        plan = random_plan(
-            0, length_q=300, length_k=300, block_q=block_q, block_k=block_k, kind=kind
-        )
-        q = torch.zeros(1, 300, 2, dim, dtype=getattr(torch, dtype))
-        with compile_target(backend, arch):
-            grid, arguments, options = host.launch(q, q, q, q, None, plan, 0.1)
-            kernel = host.forward_kernel.warmup(*arguments, grid=grid, **options)
-            report = kernel_report(kernel)
-        names = ("mma.sync", "wgmma.mma_async", "v_mfma")
-        found.append(
-            {
-                "shared": report.shared,
-                "registers": report.registers,
-                "spills": report.spills,
-                "instructions": [name for name in names if name in report.assembly],
-            }
-        )
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    compile_all()

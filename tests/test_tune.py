@@ -162,13 +162,12 @@ def test_noise_keeps_what_was_believed():
     assert found.partial >= 0
 
 
-@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("short", [True, False])
 @given(
     st.sampled_from([64, 128, 192, 256]),
     st.sampled_from([(48, 64), (96, 128), (500,), (16, 24, 32)]),
 )
-def test_tiles_fit_blocks(padded, short, volume, grid):
+def test_tiles_fit_blocks(short, volume, grid):
     from math import prod
 
     tile = tune.tile_of(volume, grid, short=short)
@@ -219,7 +218,7 @@ def test_tunes_this_machine(cache, tmp_path):
 
     other = tmp_path / "other.json"  # entries of other implementations stay
     tune.write(table(impl="triton"), other)
-    result = run("--seconds", 60, "--grid", "32x32", "--out", other)
+    result = run("--seconds", 60, "--grid", "16x16", "--out", other)
     assert result.exit_code == 0, result.output
     assert {e.impl for e in tiles.read_table(other).entries} == {"blocks", "triton"}
 

@@ -251,10 +251,10 @@ def _shipped_model() -> str:
 
 
 def _print_expected(expected, impl: str) -> None:
+    from visionfuse.choice import Choice, choose
     from visionfuse.info import default_device, default_dtype
     from visionfuse.kernels.attention.dispatch import is_emulated
     from visionfuse.kernels.plan import plan_attention
-    from visionfuse.session import Choice, choose
 
     device = default_device()
     precision = expected.recipe.precision

@@ -47,6 +47,7 @@ class Active:
     permutation: int64 [S], position -> model index, if the sequence was permuted.
     rope: rotary tables in the order of the tokens, for models that would compute their own.
     streams: tokens of the parts of the sequence that several GPUs split each by itself; empty on one GPU.
+    ring: how many GPUs have a part of the queries each, with keys of all.
     keys: called with (k, v) of every routed call that follows a plan, (B, S, H, D) each; returns what it attends to.
         The guidance of Scale-DiT keeps its own there and adds them; eager only.
     probe: called with (q, k, v, out, scale, masked) of every routed call, (B, S, H, D) each, after the
@@ -63,6 +64,7 @@ class Active:
         self.permutation: Tensor | None = None
         self.rope: tuple[Tensor, ...] | None = None
         self.streams: tuple[int, ...] = ()
+        self.ring: int = 1
         self.keys: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         self.probe: Callable[..., None] | None = None
         self.notes: dict[str, int] = {}

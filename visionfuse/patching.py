@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .choice import refusal, refusals
 from .compiled import Compiled, compile_blocks, room_for_graphs
 from .exact import has_faster_kernels
 from .kernels.attention import implementations
@@ -22,7 +23,7 @@ from .kernels.plan import Dense
 from .linears import Linears, Rounded, round_linears
 from .recipe import Recipe
 from .recipes import build
-from .session import Ran, Session, refusal, refusals
+from .session import Ran, Session
 from .sites import SITES, Denoiser, denoisers
 
 _KEY = "_visionfuse"

@@ -117,7 +117,7 @@ def gna(
     dense_start, dense_steps: the part of the run that stays dense, 9/28 of it by default.
     min_steps: shorter runs stay dense; 9, or 0 when dense_start or dense_steps asks for a plan.
     precision: the format of the steps that follow the plan, "fp8" or "int8_fp8" for example; the dense
-        ones stay the model's own attention.
+        ones are exact, in the model's own attention or in a kernel that is known to be faster.
     preset: a name of `visionfuse.presets`, such as "FLUX.1 4K": its window and stride where neither window
         nor density is given, and its dense_start. "Simulated" ones are fast by prediction; what they do to a picture was not measured.
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from statistics import mean
 from typing import Any
 
 from torch import nn
 
 from . import routing
+from .choice import Choice
 from .kernels.attention.dispatch import is_emulated
 from .kernels.attention.precision import Precision
 from .kernels.order import Order
@@ -16,8 +18,11 @@ from .kernels.plan import Dense, Local, Neighborhood, TileWindow, TokenLayout
 from .patching import Enabled, get
 from .recipe import Plan, Recipe, Variant
 from .schedule import STOCK, Span
-from .session import Choice, Ran, Way
+from .session import Ran, Way
 from .sites import SITES, Denoiser, denoisers
+
+MANY = 6  # variants or phases; more are counted, not listed, unless `verbose`
+VERBOSE = "report(pipe, verbose=True) lists them"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +77,7 @@ class DenoiserReport:
     variants: of the recipe, those that its schedule names. What they have is here too, of the first.
     gain: expected speed-up of self-attention over the whole run, if time follows visited pairs.
     phases: which steps of the last run were dense and which followed what.
-    calls: forwards so far, by kind. notes: reasons for the model's own attention, with counts.
+    dense: where dense layers ran, if not in the model's own attention. calls: forwards so far, by kind. notes: reasons for the model's own attention, with counts.
     """
 
     name: str
@@ -85,6 +90,7 @@ class DenoiserReport:
     variants: tuple[VariantReport, ...] = ()
     gain: float | None = None
     phases: tuple[str, ...] = ()
+    dense: str = ""
     calls: dict[str, int] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
 
@@ -122,25 +128,28 @@ class DenoiserReport:
     def precision_reasons(self) -> tuple[str, ...]:
         return self._first.precision_reasons
 
-    def lines(self) -> Iterator[tuple[str, str]]:
+    def lines(self, verbose: bool = False) -> Iterator[tuple[str, str]]:
         yield "self-attention", f"{self.routed} of {self.layers} layers follow the plan"
         if self.layout is not None:
             yield "tokens", _tokens(self.layout)
         if self.order is not None:
             yield "order", _order(self.order)
-        for phase in self.phases if len(self.variants) > 1 else ():
-            yield "last run", phase
-        if self.phases and len(self.variants) <= 1:
-            yield "last run", ", ".join(self.phases)
+        if len(self.variants) <= 1:
+            if self.phases:
+                yield "last run", ", ".join(self.phases)
+        elif verbose or len(self.variants) <= MANY:
+            for phase in self.phases:
+                yield "last run", phase
+        elif self.phases:
+            yield "last run", f"{len(self.phases)} phases; {VERBOSE}"
+        if self.dense:
+            yield "dense layers", f"exact, in {self.dense}, which is faster here"
         if self.gain is not None:
             yield (
                 "expected",
                 f"{self.gain:.2f}x for self-attention over the run, from visited pairs",
             )
-        for variant in self.variants:
-            if len(self.variants) > 1:
-                yield variant.name, variant.reason or variant.what
-            yield from variant.lines()
+        yield from _of_variants(self.variants, verbose)
         if any(self.calls.values()):
             counts = ", ".join(f"{n} {kind}" for kind, n in self.calls.items())
             yield "forwards so far", counts
@@ -149,11 +158,39 @@ class DenoiserReport:
         yield "left alone", self.others
 
 
+def _of_variants(variants: Sequence[VariantReport], verbose: bool) -> Iterator[tuple[str, str]]:
+    """Of each what it is and has alone, then what all have."""
+    own = [tuple(variant.lines()) for variant in variants]
+    shared = [line for line in own[0] if all(line in lines for lines in own)] if own else []
+    if verbose or len(variants) <= MANY:
+        for variant, lines in zip(variants, own, strict=True):
+            if len(variants) > 1:
+                yield variant.name, variant.reason or variant.what
+            yield from (line for line in lines if line not in shared)
+    else:
+        for precision in dict.fromkeys(variant.precision for variant in variants):
+            same = [variant for variant in variants if variant.precision == precision]
+            formats = precision or "the model's own format"
+            yield "variants", f"{len(same)} in {formats}{_reach(same)}"
+        yield "", VERBOSE
+        for reason in dict.fromkeys(variant.reason for variant in variants if variant.reason):
+            yield "own attention", reason
+    yield from shared
+
+
+def _reach(variants: Sequence[VariantReport]) -> str:
+    shares = [v.visited_density for v in variants if v.visited_density is not None]
+    if not shares:
+        return ""
+    return f": {min(shares):.1%} to {max(shares):.1%} of the pairs visited, {mean(shares):.1%} on average"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """`str(report)` is plain text; rich prints a table.
 
-    changes: what was done to the denoisers besides their attention, as (where, what).
+    changes: what was done to the denoisers besides their attention, as (where, what). verbose: all variants and
+        phases of a long recipe are listed, not counted.
     """
 
     pipeline: str
@@ -161,13 +198,14 @@ class Report:
     summary: str
     denoisers: tuple[DenoiserReport, ...] = ()
     changes: tuple[tuple[str, str], ...] = ()
+    verbose: bool = False
 
     def __str__(self) -> str:
         out = [f"{self.pipeline}: {self.summary}"]
         out += [f"  {where}: {what}" for where, what in self.changes]
         for denoiser in self.denoisers:
             out.append(f"  {denoiser.name} ({denoiser.model})")
-            out += [f"    {label:<20}{text}" for label, text in denoiser.lines()]
+            out += [f"    {label:<20}{text}" for label, text in denoiser.lines(self.verbose)]
         return "\n".join(out)
 
     def __rich__(self):
@@ -178,15 +216,15 @@ class Report:
             table.add_row(*row)
         for denoiser in self.denoisers:
             table.add_row(f"[bold]{denoiser.name}", f"[bold]{denoiser.model}")
-            for row in denoiser.lines():
+            for row in denoiser.lines(self.verbose):
                 table.add_row(*row)
             table.add_section()
         return table
 
 
-def report(pipe: Any) -> Report:
+def report(pipe: Any, *, verbose: bool = False) -> Report:
     """What `enable_visionfuse` does to this pipeline, or `visionfuse.enable` to a model of timm. Grids, densities
-    and gains follow the first call."""
+    and gains follow the first call. verbose: every variant and phase of a recipe with many."""
     if isinstance(pipe, nn.Module):
         from . import vision
 
@@ -219,6 +257,7 @@ def report(pipe: Any) -> Report:
             _denoiser(d, enabled.recipe, enabled.ran.get(d.name, Ran())) for d in found
         ),
         changes=_changes(enabled),
+        verbose=verbose,
     )
 
 
@@ -259,6 +298,7 @@ def _denoiser(denoiser: Denoiser, recipe: Recipe, ran: Ran) -> DenoiserReport:
         ),
         gain=_gain(spans, asked, refusals, ran) if ran.plan and ran.steps else None,
         phases=tuple(map(str, spans)) if ran.steps else (),
+        dense=ran.dense,
         calls=dict(ran.calls),
         notes=notes,
     )
@@ -290,7 +330,8 @@ def describe(recipe: Recipe) -> str:
     """A recipe in words: which pairs, in which formats, when."""
     if recipe.schedule.phases:
         names = [name for name in recipe.schedule.names if name != STOCK]
-        return f"{len(names)} variants ({', '.join(names)}) in {recipe.schedule}"
+        more = ["..."] if len(names) > MANY else []
+        return f"{len(names)} variants ({', '.join(names[:MANY] + more)}) in {recipe.schedule}"
     return f"{describe_variant(recipe.plan, recipe.precision)}; {recipe.schedule}"
 
 

@@ -10,6 +10,7 @@ class of the processor: stock and routed ones keep their own graphs, and every v
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from types import FunctionType, ModuleType
@@ -210,9 +211,9 @@ def _attend(variant: int, call: Call, own: Callable[..., Tensor]) -> Tensor:
     if chosen is not None:
         if ACTIVE.keys is not None:
             k, v = ACTIVE.keys(k, v)
-        parts = parallel.degree(split)
-        plan = _fitting(chosen.plans, parts * q.shape[1], parts * k.shape[1])
-        if plan is not None and plain and (mask is None or ACTIVE.masked):
+        plan = _fitting(chosen.plans, *parallel.lengths(q, k, split))
+        hidden = mask is None or (ACTIVE.masked and ACTIVE.ring == 1)
+        if plan is not None and plain and hidden:
 
             def ours(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> Tensor:
                 how: Any = {"scale": scale, "impl": chosen.impl, "precision": chosen.precision}
@@ -220,10 +221,20 @@ def _attend(variant: int, call: Call, own: Callable[..., Tensor]) -> Tensor:
                     return projected_attention(q, k, v, plan, prelude, **how)
                 return block_sparse_attention(q, k, v, plan, **how)
 
-            if split is None:
+            if split is not None:
+                return parallel.attend(q, k, v, plan, split, ours)
+            if torch.compiler.is_compiling():  # a block that fails runs again without its graph
                 return ours(q, k, v, plan)
-            return parallel.attend(q, k, v, plan, split, ours)
-        if not plain:
+            try:
+                return ours(q, k, v, plan)
+            except torch.OutOfMemoryError as failure:
+                capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+                if capturing or ACTIVE.keys is not None:
+                    raise  # nothing runs in a failed capture, and no other attention has those keys
+                _out_of_memory(failure)
+            # Outside of the handler, whose traceback would keep the tensors of the failed call alive.
+            torch.cuda.empty_cache()
+        elif not plain:
             _note("a causal attention, or with dropout")
         elif plan is not None:
             _note("an attention mask was given")
@@ -254,6 +265,13 @@ def _ordered_mask(mask: Tensor | None, length_q: int, length_k: int) -> Tensor |
     if length_q == order.shape[0] and mask.ndim >= 2 and mask.shape[-2] == length_q:
         mask = mask.index_select(-2, order)
     return mask
+
+
+def _out_of_memory(failure: torch.OutOfMemoryError) -> None:
+    reason = "out of memory, where the model's own attention needs less"
+    if reason not in ACTIVE.notes:
+        warnings.warn(f"The model's own attention runs: {failure}", stacklevel=2)
+    _note(reason)
 
 
 @torch.compiler.assume_constant_result

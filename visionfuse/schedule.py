@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 STOCK = "stock"  # the variant that is the model's own attention
 PLAN = "plan"  # the variant that is a recipe's own plan and precision
+SHOWN = 4  # exceptions of a span that are named, if there are no more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +70,8 @@ class Span(NamedTuple):
             else f"steps {self.start}-{self.end - 1}"
         )
         out = f"{span} {'dense' if self.variant == STOCK else self.variant}"
+        if len(self.layers) > SHOWN:
+            return f"{out} and {len(self.layers)} others by layer"
         for name, own in self.layers:
             what = "dense" if name == STOCK else name
             out += f", {what} in layer{'s' * (len(own) > 1)} {_ranges(own)}"

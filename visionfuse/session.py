@@ -5,7 +5,8 @@ A pipeline that is enabled but not running is untouched. When its `__call__` sta
   1. puts a hook around each denoiser, outside of any compiled graph, that reads the token grid from
      the arguments and the step from the scheduler, permutes the tokens, and undoes it on the output;
   2. routes the attention of every layer to the variant that the schedule names for this step. Layers
-     whose variant is "stock" run the model's own attention, literally.
+     whose variant is "stock" run the model's own attention: literally, or in a kernel that is exact too
+     and known to be faster. A run without any other variant is literally the model's.
 
 Processors are looked up anew in every call, because IP-Adapter and others replace them.
 """
@@ -15,26 +16,24 @@ from __future__ import annotations
 import inspect
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 
 from . import parallel, routing
+from .choice import Choice, choose
 from .context import ACTIVE, LOCK, Routed
 from .deferred import Deferrals
-from .exact import failed_check, faster_kernel
-from .kernels.attention import Precision, select_implementation, unsupported_reasons
-from .kernels.attention.dispatch import is_emulated
-from .kernels.attention.precision import MODEL
+from .exact import faster_kernel
 from .kernels.order import Order
-from .kernels.plan import AttentionPlan, Dense, TokenLayout, compress, plan_attention
+from .kernels.plan import AttentionPlan, Dense, TokenLayout, plan_attention
 from .kernels.plan.keys import hide_keys
 from .recipe import Recipe, Variant
 from .schedule import STOCK, Moment, Span, count_steps, moment
 from .sites import Denoiser, Unsupported, denoisers
 
 ROW = Order(kind="row")
+EXACT = Variant(name="dense, exact", plan=Dense())  # what layers that stay dense may run
 _RUNNING: list[Session] = []
 
 
@@ -48,7 +47,8 @@ class Way(NamedTuple):
 
 @dataclass
 class Ran:
-    """What a denoiser did since the pipeline was enabled, for the report. ways: by name of the variant."""
+    """What a denoiser did since the pipeline was enabled, for the report. ways: by name of the variant. dense: where
+    layers that stay dense ran, if not in the model's own attention."""
 
     layout: TokenLayout | None = None
     ways: dict[str, Way] = field(default_factory=dict)
@@ -56,6 +56,7 @@ class Ran:
     calls: dict[str, int] = field(default_factory=lambda: {"plan": 0, "dense": 0})
     notes: dict[str, int] = field(default_factory=dict)
     deferrals: Deferrals | None = None
+    dense: str = ""
 
     @property
     def plan(self) -> AttentionPlan | None:
@@ -229,7 +230,8 @@ class Routing:
         layout = self.site.layout(self.model, arguments, self.memo)
         if isinstance(layout, Unsupported):
             return self.stock(layout.reason)
-        if why := parallel.enter(self.processors, layout):
+        dense = all(isinstance(way.plan, Dense) for way in self.used)
+        if why := parallel.enter(self.processors, layout, dense):
             return self.stock(why)
         now = self.now()
         ran.layout, ran.steps = layout, now.steps if now else None
@@ -262,26 +264,29 @@ class Routing:
         keys = self.site.keys(self.model, arguments, self.memo)
         levels = self.site.levels(self.model, layout)
 
-        def routed(variant: Variant) -> Routed | None:
-            way = self.ran.ways.get(variant.name)
+        def routed(variant: Variant, way: Way | None) -> Routed | None:
             if way is None or way.reason or way.plan is None:
                 return None
             coarser = [self.plan(variant, way.choice, level, arguments, ROW) for level in levels]
-            plans = [plan.blocks for plan in (way.plan, *coarser)]
+            plans = parallel.own_queries([plan.blocks for plan in (way.plan, *coarser)])
             if keys is not None:
                 plans = [hide_keys(plan, keys) for plan in plans]
             dense = isinstance(variant.plan, Dense)
             return Routed(tuple(plans), way.choice.impl, str(way.choice.precision), dense)
 
-        variants = tuple(map(routed, self.recipe.ways))
+        variants = tuple(routed(way, self.ran.ways.get(way.name)) for way in self.recipe.ways)
         running = {w.name for w, r in zip(self.recipe.ways, variants, strict=True) if r is not None}
         asked = self.recipe.schedule.by_layer(span, len(self.processors))
+        exact = None if running.issuperset(asked) else self.exact_way(layout, arguments)
+        dense = STOCK
+        if exact is not None:
+            dense, self.ran.dense = EXACT.name, exact.choice.impl
         names = tuple(
-            name if name in running and routable else STOCK
+            (name if name in running else dense) if routable else STOCK
             for name, routable in zip(asked, self.routable, strict=True)
         )
         self.ran.calls["plan" if running.intersection(names) else "dense"] += 1
-        return Decision(lead, variants, names, keys is not None)
+        return Decision(lead, (*variants, routed(EXACT, exact)), names, keys is not None)
 
     def stock(self, reason: str) -> Decision:
         self.ran.note(reason)
@@ -306,6 +311,14 @@ class Routing:
         if impl is None:
             return Way(choice, reason)
         return Way(replace(choice, impl=impl, impl_reasons=[]))
+
+    def exact_way(self, layout: TokenLayout, arguments: dict) -> Way | None:
+        """How layers that stay dense run if a kernel that is exact is known to be faster; it would be slower backward."""
+        if self.session.impl != "auto" or torch.is_grad_enabled():
+            return None
+        way = self.way(EXACT, layout, arguments)
+        plan = None if way.reason else self.plan(EXACT, way.choice, layout, arguments, ROW)
+        return plan and way._replace(plan=plan)
 
     def where(self, arguments: dict) -> tuple[torch.device, torch.dtype]:
         """Where and in which format the attention of this forward runs."""
@@ -373,7 +386,7 @@ class Routing:
             return
         self.undo.close()
         self.names = names
-        place = {way.name: index for index, way in enumerate(self.recipe.ways)}
+        place = {way.name: index for index, way in enumerate((*self.recipe.ways, EXACT))}
         for processor, name in zip(self.processors, names, strict=False):
             if name != STOCK:
                 deferral = self.deferrals.get(processor, self.ran.ways.get(name))
@@ -381,69 +394,3 @@ class Routing:
 
 
 Session.routing = Routing
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What runs, why no faster implementation does, and why the recipe's precision does not, if so."""
-
-    impl: str
-    impl_reasons: list[str]
-    precision: Precision = MODEL
-    precision_reasons: list[str] = field(default_factory=list)
-
-
-@lru_cache(maxsize=64)
-def choose(
-    impl: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    precision: Precision = MODEL,
-) -> Choice:
-    """The implementation and the precision to use. Raises ValueError with all reasons where a named
-    implementation cannot run.
-
-    Where "auto" finds a GPU without a kernel for a precision, the model's own stays: an emulation there only
-    costs time. On a CPU, where every precision is emulated, the picture is what one wants to see.
-    """
-    if impl != "auto":
-        reasons = refusals(impl, device, dtype, head_dim, precision)
-        if reasons:
-            raise ValueError(refusal(impl, {str(device): reasons}, precision))
-        return Choice(impl, [], precision)
-    refused: list[str] = []
-    if not precision.is_model:
-        name, reasons = select_implementation(device, dtype, head_dim, precision)
-        if is_emulated(name, precision):
-            if device.type == "cpu":
-                return Choice(name, reasons, precision)
-            refused = reasons or [f"no kernel has it on {device.type!r}"]
-        elif why := failed_check(name, device, dtype, head_dim, precision):
-            refused = [f"{name}: {why}"]
-        else:
-            return Choice(name, reasons, precision)
-    name, reasons = select_implementation(device, dtype, head_dim)
-    return Choice(name, reasons, MODEL, refused)
-
-
-@lru_cache(maxsize=64)
-def refusals(
-    impl: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    precision: Precision = MODEL,
-) -> list[str]:
-    """Every reason why a named implementation cannot run on a device."""
-    q = torch.empty(1, 1, 1, head_dim, device=device, dtype=dtype)
-    plan = compress(torch.ones(1, 1, dtype=torch.bool, device=device))
-    return unsupported_reasons(impl, q, q, q, plan, precision)
-
-
-def refusal(impl: str, reasons: dict[str, list[str]], precision: Precision = MODEL) -> str:
-    lines = "\n".join(f"  - on {device}: {r}" for device, rs in reasons.items() for r in rs)
-    what = "" if precision.is_model else f" with precision={str(precision)!r}"
-    return (
-        f"impl={impl!r}{what} cannot run here:\n{lines}\nUse impl='auto' to let visionfuse choose."
-    )

@@ -1,4 +1,4 @@
-"""What tests of kernels share: error budgets, poisoned memory, arbitrary plans, compilation without a GPU."""
+"""What tests of kernels share: error budgets, poisoned memory, saved tensors, arbitrary plans, compilation without a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .kernels.attention.bias import Bias, BlockBias, RelativeBias
 from .kernels.plan.block_plan import BitMask, BlockPlan, Entries, IntervalMask
@@ -122,6 +122,50 @@ def poisoned_memory() -> Iterator[None]:
         mock.patch.object(Tensor, "new_empty", poisoned(Tensor.new_empty)),
     ):
         yield
+
+
+def check_traced(how: str, module: nn.Module, x: Tensor) -> None:
+    """The output and the gradients of parameters are those of the module itself.
+
+    how: "aot_eager", "inductor" (torch.compile without a graph break), "script", "fx" or "export" (output alone).
+    """
+    if how == "script":
+        traced = torch.jit.script(module)
+    elif how == "fx":
+        traced = torch.fx.symbolic_trace(module)
+    elif how == "export":
+        traced = torch.export.export(module, (x,)).module()
+    else:
+        traced = torch.compile(module, fullgraph=True, backend=how)
+    torch.testing.assert_close(traced(x), module(x))
+    if how != "export":
+        weights = list(module.parameters())
+        got, expected = (
+            torch.autograd.grad(run(x).square().sum(), weights) for run in (traced, module)
+        )
+        torch.testing.assert_close(got, expected)
+
+
+# What training keeps --------------------------------------------------------------------------------
+
+
+@contextmanager
+def saved_for_backward() -> Iterator[list[Tensor]]:
+    """Yields a list that gets every tensor which autograd keeps in the block."""
+    saved = []
+
+    def keep(x: Tensor) -> Tensor:
+        saved.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        yield saved
+
+
+def memory_of(tensors: list[Tensor]) -> int:
+    """Bytes below these tensors, those that several of them share once."""
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values())
 
 
 # Plans that no planner would make ------------------------------------------------------------------

@@ -158,23 +158,22 @@ def _by_tile(
     group = q.shape[1] // k.shape[1]
     for variant, batch, heads in blocks._heads_by_variant(plan, q.shape[1]):
         every = torch.arange(q.shape[1], device=q.device)[heads]
+        # Heads are gathered once: again for every tile, that was half of the time of a plan by head.
+        own_q, own_k, own_v = q[batch][:, every], k[batch][:, every // group], v[batch][:, every // group]  # fmt: skip
         for tile in blocks._plan_tiles(plan, variant):
             if not tile.slices or (tiles is not None and tile.index not in tiles):
                 continue
             keys = tile.keys(q.device)
-            count = sum(s.stop - s.start for s in tile.slices)
-            mask = []
-            if tile.masked:
-                mask.append(blocks._mask(tile, plan, count, q.dtype))
-            most = max(
-                1, SCORES_AT_ONCE // (q[batch].shape[0] * (tile.q.stop - tile.q.start) * count)
-            )
-            for some in every.split(most):
-                b_k, b_v = (x[batch][:, some // group][:, :, keys] for x in (k, v))
+            b_q, b_k, b_v = own_q[:, :, tile.q], own_k[:, :, keys], own_v[:, :, keys]
+            mask = [blocks._mask(tile, plan, b_k.shape[2], q.dtype)] if tile.masked else []
+            most = max(1, SCORES_AT_ONCE // (b_q.shape[0] * b_q.shape[2] * b_k.shape[2]))
+            for first in range(0, len(every), most):
+                part = slice(first, first + most)
+                some = every[part]
                 biases = [
                     blocks._part(b.block(tile.index, tile.q, keys), batch, some) for b in added
                 ]
-                o, e = attend(q[batch][:, some, tile.q], b_k, b_v, [*biases, *mask])
+                o, e = attend(b_q[:, part], b_k[:, part], b_v[:, part], [*biases, *mask])
                 out[batch, tile.q, some] = o.transpose(1, 2)
                 lse[batch, some, tile.q] = e
     return out, lse

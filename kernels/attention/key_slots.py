@@ -63,11 +63,11 @@ def slot_width(block_k: int) -> int:
     return max(16, 1 << (block_k - 1).bit_length())
 
 
-def unsupported(plan: BlockPlan, width: int) -> list[str]:
+def unsupported(plan: BlockPlan, width: int, step: int = 0) -> list[str]:
     """Every reason why `key_slots` cannot lay out this plan; empty if it can."""
     if plan.block_k > width:
         return [f"plan blocks may have at most {width} keys, got {plan.block_k}"]
-    positions = _find(plan, width).positions
+    positions = _find(plan, width, step or width).positions
     if positions > max(MOST_GROWTH * plan.length_k, ALWAYS_FITS):
         return [
             f"its {positions // width} different runs of keys would take {positions} positions for "
@@ -76,17 +76,18 @@ def unsupported(plan: BlockPlan, width: int) -> list[str]:
     return []
 
 
-def key_slots(plan: BlockPlan, width: int) -> KeySlots:
-    """The plan with run j of its keys at width * j. The first call for a plan waits for the device, once."""
-    assert not unsupported(plan, width)
-    return _find(plan, width).slots or KeySlots(plan, None)
+def key_slots(plan: BlockPlan, width: int, step: int = 0) -> KeySlots:
+    """The plan with run j of its keys at width * j; as it is where all start at multiples of step (width, if 0).
+    The first call for a plan waits for the device, once."""
+    assert not unsupported(plan, width, step)
+    return _find(plan, width, step or width).slots or KeySlots(plan, None)
 
 
-def _find(plan: BlockPlan, width: int) -> _Found:
+def _find(plan: BlockPlan, width: int, step: int) -> _Found:
     source = (plan.full.start, plan.full.count, plan.partial.offset, plan.partial.start, plan.q_start,
               *([] if plan.mask is None else plan.to_tensors()[9:]))  # fmt: skip
-    widths: dict[int, _Found] = _cache.setdefault(plan.full.offset, {})  # pyright: ignore
-    found = widths.get(width)
+    widths: dict[tuple, _Found] = _cache.setdefault(plan.full.offset, {})  # pyright: ignore
+    found = widths.get((width, step))
     if (
         found is None
         or len(found.source) != len(source)
@@ -94,16 +95,16 @@ def _find(plan: BlockPlan, width: int) -> _Found:
     ):
         # Kept for calls to come: made in inference mode, it could never meet autograd.
         with torch.inference_mode(False), torch.no_grad():
-            widths[width] = found = _lay_out(plan, width, source)
+            widths[width, step] = found = _lay_out(plan, width, step, source)
     return found
 
 
-def _lay_out(plan: BlockPlan, width: int, source: tuple[Tensor, ...]) -> _Found:
+def _lay_out(plan: BlockPlan, width: int, step: int, source: tuple[Tensor, ...]) -> _Found:
     full, partial = plan.full, plan.partial
     start = torch.cat([full.start, partial.start]).long()
     count = torch.cat([full.count, partial.count]).long()
     runs, slot = torch.unique((start << 32) | count, return_inverse=True)
-    moves, positions = bool((start % width).any()), max(1, runs.numel()) * width
+    moves, positions = bool((start % step).any()), max(1, runs.numel()) * width
     if not moves:
         return _Found(source, plan.length_k, None)
     if positions > max(MOST_GROWTH * plan.length_k, ALWAYS_FITS):

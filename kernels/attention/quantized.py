@@ -32,12 +32,15 @@ from . import prologue as fused
 from . import quantize
 from .bias import Bias, BlockBias
 from .precision import SCALES, TILE, Groups, Precision
-from .prologue import FORMATS, Operands, PrologueSpec
+from .prologue import FORMATS, SWAPPED, Operands, PrologueSpec
 
 if TYPE_CHECKING:
     from .projected import Prelude
 
 SCALE_ROWS = 128  # keys that share a scale of "block"
+KEY_STEP = len(
+    SWAPPED
+)  # where entries may begin if keys of a head share a scale: values have another order within
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,8 @@ class Native:
     """Where an implementation's kernel for rounded operands is.
 
     width: of its key slots; None: least. int4: how it reads codes of INT4, of the formats of the prologue.
-    key_groups: whether it reads scales of groups of keys; otherwise it gets that of its group for every key.
+    key_groups: whether it reads scales of groups of keys, and one of a head; otherwise it gets that of its group for
+        every key, and none of a head.
     """
 
     module: str
@@ -107,6 +111,13 @@ def _reasons(
     for name, groups in _groups(precision).items():
         if name == "k_scale" and groups == SCALES["thread"][1]:
             continue
+        if (
+            name == "k_scale"
+            and groups.tile is None
+            and precision.qk == "fp8"
+            and native.key_groups
+        ):
+            continue
         if groups.tile is None or groups.groups > 1:
             reasons.append(
                 f"{name}={getattr(precision, name)!r} is emulated only: the prologue writes scales of 1 to "
@@ -121,12 +132,12 @@ def _reasons(
         reasons.append("smoothing of queries beside another bias than BlockBias is emulated only")
     if q.dtype not in _DTYPES:
         reasons.append(f"dtype must be bfloat16, float16 or float32, got {q.dtype}")
-    reasons += slots.unsupported(plan, _width(native, plan, precision))
+    reasons += slots.unsupported(plan, *_slots(native, plan, precision))
     if reasons:
         return reasons
     spec = _spec(native, precision)
     reasons += fused.unsupported(q, k, v, spec)
-    moved = slots.key_slots(plan, _width(native, plan, precision))
+    moved = slots.key_slots(plan, *_slots(native, plan, precision))
     shapes = _operand_shapes(q, k, moved.plan.length_k, spec, precision, native.key_groups)
     found = _function(module, native.unsupported)(shapes, moved.plan)
     return list(dict.fromkeys(reasons + found))
@@ -161,7 +172,7 @@ def forward(
         v = quantize.saturated(v - v_mean, dtype)
         v_mean = v_mean - quantize.token_mean(v)  # numbers of one exponent are rounded to one side
     by_tile = precision.q_scale == TILE
-    moved = slots.key_slots(plan, _width(native, plan, precision))
+    moved = slots.key_slots(plan, *_slots(native, plan, precision))
     q_order, key_order = order.queries, through(order.keys, moved.order)
     if precision.smooth_q or by_tile or key_order is None:  # tiles are of the plan's order
         q, q_order = take(q, q_order), None
@@ -225,14 +236,14 @@ def _groups(precision: Precision) -> dict[str, Groups]:
     return {"q_scale": of_q, "k_scale": of_k}
 
 
-def _width(native: Native, plan: BlockPlan, precision: Precision) -> int:
-    """Keys with scales of their own may lie as close as their entries allow; entries with one each may not share
-    what the prologue gives one."""
+def _slots(native: Native, plan: BlockPlan, precision: Precision) -> tuple[int, int]:
+    """Width and step of the slots. Keys with scales of their own may lie as close as their entries allow; entries with
+    one each may not share what the prologue gives one; with one scale of a head only the order of values matters."""
     if precision.k_scale == TILE:
-        return SCALE_ROWS
+        return SCALE_ROWS, SCALE_ROWS
     if native.width is None or precision.k_scale == "token":
-        return slots.slot_width(plan.block_k)
-    return native.width
+        return slots.slot_width(plan.block_k), 0
+    return native.width, KEY_STEP if precision.k_scale == "tensor" else 0
 
 
 def _spec(native: Native, precision: Precision) -> PrologueSpec:
@@ -243,7 +254,7 @@ def _spec(native: Native, precision: Precision) -> PrologueSpec:
     return PrologueSpec(
         qk=native.int4 if precision.qk == "int4" else precision.qk,
         q_rows=groups["q_scale"].tile or 1,
-        k_rows=groups["k_scale"].tile or 1,
+        k_rows=groups["k_scale"].tile or 0,
         k_groups=groups["k_scale"].groups,
         v="fp8" if precision.pv == "fp8" else "same",
         v_layout=layout if precision.pv == "fp8" else "tokens",
@@ -267,7 +278,7 @@ def _operand_shapes(
     if spec.v_layout != "tokens":
         v = (batch, kv_heads, dim, -(-length_k // spec.v_padding) * spec.v_padding)
     code, f32 = FORMATS[spec.qk][0], torch.float32
-    of_keys = (-(-length_k // spec.k_rows), *[spec.k_groups] * (spec.k_groups > 1))
+    of_keys = spec.key_scales(length_k)
     if spec.k_groups > 1 and not key_groups:
         of_keys = (length_k,)
     width = dim // 2 if code == torch.uint8 else dim

@@ -50,12 +50,13 @@ def plan_neighborhood(
     spec: Rule | tuple[Rule, ...],
     shapes: tuple[BlockShape, ...],
     device: torch.device,
-    aligned: bool = False,
+    step: int = 1,
 ) -> TwoOrdersPlan:
     """The plan of least counted work for `spec`, one rule or one per head. Cached.
 
     layout: one grid, then at most one segment of other tokens. The widest rule decides the tiles.
-    aligned: entries are tiles of one order, as kernels need that round keys tile by tile.
+    step: 0: entries are tiles of one order, as kernels need that round keys tile by tile. Otherwise all begin at
+        multiples of it.
     """
     grid = layout.segments[0].shape
     rules = spec if isinstance(spec, tuple) else (spec,)
@@ -74,9 +75,11 @@ def plan_neighborhood(
             cost += 4 * move * prod(grid)
         order = Order(kind="tiled", tile=tile, subtile=subtile)
         choices.append((cost / shape.speed, shape, order, None))
-        if aligned:
+        if step == 0:
             continue
-        halo = best_halo(widest, shape, move=move, others=others)
+        halo = best_halo(widest, shape, move=move, others=others, step=step)
+        if not halo.tile:
+            continue
         order = Order(kind="tiled", tile=halo.tile)
         choices.append((halo.cost / shape.speed, shape, order, halo.cells))
     _, shape, order, cells = min(choices, key=lambda choice: choice[0])
@@ -87,15 +90,21 @@ def plan_neighborhood(
 
 
 def best_halo(
-    spec: NeighborhoodOnGrid, shape: BlockShape, *, move: float = 0.0, others: int = 0
+    spec: NeighborhoodOnGrid,
+    shape: BlockShape,
+    *,
+    move: float = 0.0,
+    others: int = 0,
+    step: int = 1,
 ) -> Halo:
-    """Least counted work. move: pairs that moving a token of one tensor costs; there are four of them.
+    """Least counted work; an empty tile where no cells fit the step.
 
-    others: keys that every query sees besides its neighborhood.
+    move: pairs that moving a token of one tensor costs; there are four of them. others: keys that every query sees
+    besides its neighborhood. step: what entries must begin at multiples of.
     """
     rules, tokens = axis_rules(spec), prod(spec.grid)
     best = Halo(float("inf"), (), KeyCells((), (), 0))
-    cells = _cells(spec, shape)
+    cells = _cells(spec, shape, step)
     ranked = [
         (least + (0 if is_row_major(spec, tile) else 2 * move * tokens), least, tile)
         for least, tile in _tiles(spec, rules, shape)
@@ -105,7 +114,7 @@ def best_halo(
             break
         moved_q = total - least
         for cell in cells:
-            spans = [_span(*each) for each in zip(rules, tile, cell, strict=True)]
+            spans = [_span(*each, step > 1) for each in zip(rules, tile, cell, strict=True)]
             for along in range(len(tile)):
                 cost = moved_q + _cost(spans, along, prod(cell), shape, others, prod(spec.dilation))
                 if cost < best.cost and not is_row_major(spec, cell, along):
@@ -150,12 +159,12 @@ class _Span:
 
 
 @lru_cache(maxsize=1 << 16)
-def _span(rule: AxisRule, t: int, c: int) -> _Span:
+def _span(rule: AxisRule, t: int, c: int, from_start: bool) -> _Span:
     start, end = _bounds(rule)
     middle = len(start) // t // 2 * t
     # A cell border where the windows of a tile in the middle begin, or where they end.
     offsets = {0, -start[middle] % c, -end[min(middle + t, len(end)) - 1] % c}
-    if c >= len(start):
+    if c >= len(start) or from_start:
         offsets = {0}
     return min((_span_at(rule, t, c, o) for o in sorted(offsets)), key=lambda s: s.visited)
 
@@ -235,9 +244,13 @@ def _tiles(
         yield prod(spec.dilation) * least, tile
 
 
-def _cells(spec: NeighborhoodOnGrid, shape: BlockShape) -> list[tuple[int, ...]]:
+def _cells(spec: NeighborhoodOnGrid, shape: BlockShape, step: int) -> list[tuple[int, ...]]:
     """Cells of at most a block; and whole rows, whole planes, of which a run needs no move at all."""
     steps = tuple(-(-n // d) for n, d in zip(spec.grid, spec.dilation, strict=True))
+    if step > 1:
+        whole = [[s for s in CELL_SIDES if n % s == 0] for n in spec.grid]
+        regular = spec.dilation == (1,) * len(steps)
+        return sorted(c for c in _boxes(whole, shape.block_k) if regular and prod(c) % step == 0)
     rows = {(1,) * axis + steps[axis:] for axis in range(len(steps) + 1)}
     if not shape.padded:  # a run costs what it holds: cells of one key are never worse
         return sorted(rows)

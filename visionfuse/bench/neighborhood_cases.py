@@ -22,7 +22,7 @@ from .gradients import gradient_rows
 from .peers import PEERS
 from .suite import Candidate, Suite, Work
 
-RECIPES = ("bf16", "fp8", "int8_fp8")
+RECIPES = ("bf16", "fp8", "fp8+k_tensor", "int8_fp8")
 
 
 def candidates(work: Work, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Candidate]:

@@ -31,7 +31,6 @@ class Journal:
                     f"{folder} was started with other settings: {', '.join(sorted(different))}. Give the same, "
                     "or delete the folder to start again."
                 )
-        folder.mkdir(parents=True, exist_ok=True)
 
     def do(self, key: str, run: Callable[[], Any]) -> Any:
         """`run()`, whose value JSON can hold, or what it gave before."""
@@ -48,7 +47,8 @@ class Journal:
 
     @staticmethod
     def _write(path: Path, write: Callable[[Path], Any]) -> None:
-        """Whole or not at all."""
+        """Whole or not at all, into a folder that is made for the first result."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(path.name + ".part")
         write(draft)
         draft.replace(path)

@@ -84,7 +84,7 @@ class Measuring(Routing):
     def decision(self, span, lead, layout, arguments) -> Decision:
         made = super().decision(span, lead, layout, arguments)
         # Without the recipe's own plan, which nothing names.
-        self.lead, self.candidates = lead, made.variants[1:]
+        self.lead, self.candidates = lead, made.variants[1 : len(self.recipe.ways)]
         now = self.now()
         self.step = now.step if now else 0
         name = self.recipe.ways[0].name

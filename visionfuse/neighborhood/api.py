@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..kernels.attention import Precision, RelativeBias, block_sparse_attention
 from ..kernels.attention.dispatch import fastest
+from ..kernels.attention.quantized import KEY_STEP
 from ..kernels.order.permute import Orders
 from ..kernels.plan import BlockPlan, Neighborhood, Segment, TokenLayout, compress
 from ..kernels.plan.halo import plan_neighborhood
@@ -186,10 +187,11 @@ def _plan(call: _Call) -> GridPlan:
     kept = Segment("text", (max(call.extra, 1),), keys_only=not call.extra_attends)
     layout = TokenLayout((Segment("grid", call.grid), *(kept,) * bool(call.extra)))
     shapes = block_shapes(call.impl, call.head_dim, precision=call.precision, device=call.device)
-    spec, aligned = _neighborhoods(call), call.precision != "model"
+    precision, spec = Precision.parse(call.precision), _neighborhoods(call)
+    step = 1 if precision.is_model else KEY_STEP if precision.k_scale == "tensor" else 0
     # Kept for calls to come: made in inference mode, it could never meet autograd.
     with torch.inference_mode(False), torch.no_grad():
-        found = plan_neighborhood(layout, spec, shapes, call.device, aligned)
+        found = plan_neighborhood(layout, spec, shapes, call.device, step)
         q_order = None if found.queries is None else found.queries[: layout.queries].contiguous()
         return GridPlan(found.blocks.to_tensors(), found.blocks.scalars(), q_order, found.keys)
 

@@ -76,6 +76,9 @@ def profile(
     console.print(_parts(found))
     if saved:
         console.print(_savings(found, saved, f"predicted for one {gpu_of(made.device).name}"))
+    for saving in saved:
+        if saving.reason:
+            console.print(f"{saving.way.name}: {saving.reason}", highlight=False, soft_wrap=True)
 
 
 def case(found: Profile) -> str:
@@ -119,16 +122,13 @@ def _savings(found: Profile, saved: list[Saving], title: str) -> Table:
     from rich.table import Table
 
     table = Table("what", title=f"What is left of it, {title}")
-    measured = any(s.measured_ms is not None or s.reason for s in saved)
+    measured = any(s.measured_ms is not None for s in saved)
     for name in ("predicted ms", "speed-up", *(("measured ms", "speed-up") if measured else ())):
         table.add_column(name, justify="right")
-    if measured:
-        table.add_column("note")
     for saving in saved:
         cells = [f"{saving.predicted_ms:.4g}", f"{found.ms / saving.predicted_ms:.2f}x"]
         if measured:
             ms = saving.measured_ms
             cells += ["", ""] if ms is None else [f"{ms:.4g}", f"{found.ms / ms:.2f}x"]
-            cells.append(saving.reason)
         table.add_row(saving.way.name, *cells)
     return table

@@ -15,13 +15,16 @@ from ..recipe import Recipe
 from ..recipes import build
 from ..simulate import H200, Gpu, Setting, cudnn_ms, dense_ms, find_gpu, predicted_ms
 from ..simulate.model import planned
+from ..sites import SITES
 from .measure import ATTENTION, BETWEEN, LINEARS, REST, Profile
 from .models import Subject
 
-# Of shared measurements on one H200 (stock and compiled steps of FLUX.1-dev and Wan 2.1): what torch.compile
-# leaves of the time between attention and linear layers; and bf16 over FP8 products, 693 and 1281 TFLOP/s.
-FUSED = 0.25
-FP8_LINEARS = 693 / 1281
+# Measured on one H200. What torch.compile leaves of the time between attention and linear layers: 0.30 (Wan2.1-14B 720p),
+# 0.32 (1.3B), 0.36 (FLUX.1-dev 4096x4096), 0.45 (1024x1024, whose launches take as long as its kernels).
+FUSED = 0.35
+# What is left of norms, RoPE and modulation, uncompiled, where the pass that rounds norms and rotates (FLUX.1 1024x1024).
+DEFERRED = 0.4
+FP8_LINEARS = 693 / 1281  # bf16 over FP8 products, TFLOP/s
 IMPL = "gluon_sm90"
 LEAST_TOKENS = (
     4096  # the simulator's constants were fitted from 4,608 on; shorter calls are mostly launches
@@ -110,7 +113,7 @@ def savings(
 
 
 def _predicted(subject: Subject, profile: Profile, way: Way) -> dict[str, float]:
-    recipe = build(way.recipe, **way.options)
+    recipe, site = build(way.recipe, **way.options), SITES.get(type(subject.model).__name__)
     parts = dict(profile.parts)
     parts[ATTENTION] *= attention_ratio(subject, recipe)
     if way.linear is not None:
@@ -118,6 +121,8 @@ def _predicted(subject: Subject, profile: Profile, way: Way) -> dict[str, float]
     if way.compile:
         parts[BETWEEN] *= FUSED
         parts[REST] *= FUSED
+    elif getattr(site, "deferrals", None) and not recipe.precision.is_model:
+        parts[BETWEEN] *= DEFERRED
     return parts
 
 

@@ -38,7 +38,9 @@ def forward(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(batch, heads, length, dtype=torch.float32) if return_lse else None
     if out.numel():
-        if q.dtype == torch.bfloat16 and dim <= 128 and bias is None and score_bound.pays(plan):
+        bounds = q.dtype == torch.bfloat16 and dim <= 128 and bias is None
+        all_move = order.queries is not None and order.keys is not None  # squares come along
+        if bounds and (all_move or score_bound.pays(plan)):
             q, k, v, most = move.moved_with_squares(q, k, v, *order)
         else:
             q, k, v = move.moved([q, k, v], order.of_all)

@@ -2,7 +2,7 @@
 
 Operands come from the prologue, as `prologue.EIGHT_BIT` says: "fp8" is e4m3 throughout, "int8_fp8" has
 queries and keys in int8 and weights and values in e4m3, as in SageAttention2 (Zhang et al., arXiv
-2411.10958). Keys have a scale for every 128 of them, four for these or one for each. Values may also stay in 16 bits, in rows
+2411.10958). Keys have a scale for every 128 of them, four for these, one for each or one for all of a head. Values may also stay in 16 bits, in rows
 of tokens and without scales.
 """
 
@@ -49,7 +49,7 @@ def unsupported(x: Operands, plan: BlockPlan) -> list[str]:
         for name, tensor, shape in _expected_shapes(x, plan)
         if tuple(tensor.shape) != shape
     ]
-    if x.k_scale.shape[2:] == (plan.length_k,):
+    if x.k_scale.shape[2:] in ((plan.length_k,), (1,)):
         step = ROW_STEP if x.v_scale is None else SWAPPED_TOKENS
         if not entries_start_at(plan, step):
             why = (
@@ -94,7 +94,7 @@ def _expected_shapes(x: Operands, plan: BlockPlan):
     batch, _, heads, dim = x.q.shape
     kv_heads, blocks = x.k.shape[2], -(-plan.length_k // BLOCK_K)
     of_keys = tuple(x.k_scale.shape[2:])
-    if of_keys not in ((plan.length_k,), (blocks, K_GROUPS)):
+    if of_keys not in ((plan.length_k,), (blocks, K_GROUPS), (1,)):
         of_keys = (blocks,)
     yield "q", x.q, (batch, plan.length_q, heads, dim)
     yield "k", x.k, (batch, plan.length_k, kv_heads, dim)

@@ -41,7 +41,7 @@ _MAX_STAGES = {(2, 64): 3, (2, 128): 3, (2, 256): 2, (1, 64): 4, (1, 128): 3, (1
 
 
 class Scales(NamedTuple):
-    """Of quantised operands, fp32: q [B, H, Sq], k [B, Hk, blocks or Sk] or [B, Hk, blocks, 4], v [B, Hk, D] or None;
+    """Of quantised operands, fp32: q [B, H, Sq], k [B, Hk, blocks, Sk or 1] or [B, Hk, blocks, 4], v [B, Hk, D] or None;
     v_mean [B, Hk, D], what is added to outputs, or None."""
 
     q: Tensor
@@ -95,7 +95,7 @@ def launch(
             f"{ROW_STEP}."
         )
     spec = _spec(
-        head_dim, groups, q.element_size(), v.element_size(), scales is not None, k_rows, of_keys[1:],
+        head_dim, groups, q.element_size(), v.element_size(), scales is not None, k_rows, of_keys == (1,), of_keys[1:],
         q.dtype == torch.int8, bias is not None, most is not None,
         None if masks is None else masks.by_group, masks is not None and masks.mixed,
         ready.whole_end is not None, lse is not None, parts is not None, order is not None,
@@ -141,7 +141,7 @@ def entries_start_at(plan: BlockPlan, multiple: int) -> bool:
 
 @lru_cache(maxsize=256)
 def _spec(
-    head_dim: int, groups: int, qk_bytes: int, v_bytes: int, scaled: bool, k_rows: bool,
+    head_dim: int, groups: int, qk_bytes: int, v_bytes: int, scaled: bool, k_rows: bool, k_head: bool,
     k_groups: tuple[int, ...], int8: bool, bias: bool, bounded: bool, by_group: bool | None, mixed: bool, ragged: bool,
     lse: bool, split: bool, ordered: bool, v_mean: bool,
 ) -> Spec:  # fmt: skip
@@ -160,7 +160,7 @@ def _spec(
         STAGES=min(_MAX_STAGES[v_bytes, width], (_SHARED_BYTES - queries) // block),
         PARTIAL=by_group is not None, BY_GROUP=by_group is True, BITS=mixed or by_group is False,
         RAGGED=ragged, LSE=lse, SPLIT=split, ORDERED=ordered, SCALED=scaled,
-        K_ROWS=k_rows, K_GROUPS=math.prod(k_groups), OFFSET=int8, BIAS=bias, BOUNDED=bounded,
+        K_ROWS=k_rows, K_HEAD=k_head, K_GROUPS=math.prod(k_groups), OFFSET=int8, BIAS=bias, BOUNDED=bounded,
         VALUES_8BIT=v_bytes == 1, VALUES_MEAN=v_mean,
         LS=accumulator(BLOCK_K, qk_bytes), LO=accumulator(width, v_bytes), LL=accumulator(8, v_bytes),
         LW=_written(width),

@@ -195,7 +195,7 @@ def _write(acc, base, q_start, q_count, x, SPEC: gl.constexpr, GROUP: gl.constex
 def _walk(acc, l, m, it, q, first, last, p_start, x, SPEC: gl.constexpr, MASK: gl.constexpr,
           BOUNDED: gl.constexpr):  # fmt: skip
     """Entries first .. last of one list, which begin at p_start[e]."""
-    K_BLOCKS: gl.constexpr = SPEC.SCALED and not SPEC.K_ROWS
+    K_BLOCKS: gl.constexpr = SPEC.SCALED and not (SPEC.K_ROWS or SPEC.K_HEAD)
     # The scale of an entry's keys is fetched an entry ahead and its place two ahead: neither is waited for. Beside masks
     # there are no registers for them.
     AHEAD: gl.constexpr = K_BLOCKS and MASK == "none"
@@ -253,82 +253,110 @@ def _visit(acc, l, m, it, q, row, w, t, x, SPEC: gl.constexpr, BOUNDED: gl.const
 
 @gluon.jit
 def _consume(x, SPEC: gl.constexpr, GROUP: gl.constexpr):
-    lists = x.lists
-    sizes = x.sizes
-    ROW: gl.constexpr = gl.SliceLayout(1, SPEC.LS)
     it = 0
     turn = 0
     pid = gl.program_id(0)
-    for w in range(gl.load(lists.p_work_offset + pid), gl.load(lists.p_work_offset + pid + 1)):
-        b, h, row, tile = _locate(gl.load(lists.p_work + w), sizes)
-        q_start = gl.load(lists.p_q_start + tile)
-        q_count = gl.load(lists.p_q_count + tile)
-        kv = b * (sizes.heads // sizes.group) + h // sizes.group
-        o_m = GROUP * SPEC.BM + gl.arange(0, SPEC.BM, layout=ROW)
-        o_row = gl.minimum(o_m, q_count - 1)
-        o_head = (b * sizes.heads + h).to(gl.int64) * sizes.length_q
-        factor = x.scale_log2
-        if SPEC.SCALED:
-            factor = gl.load(x.scales.p_q + o_head + q_start + o_row) * x.scale_log2
-        if SPEC.K_GROUPS > 1:
-            factor = for_threads(factor, SPEC)
-        t = Tile(
-            x.ring, x.queries.empty.index(GROUP), lists.p_full_count, lists.p_mask, lists.p_bits, sizes.block_q, o_row,
-            _KIND_SHIFT + 2 * GROUP, factor, x.scales.p_k + kv * sizes.scales,
-        )  # fmt: skip
-        acc = gl.zeros([SPEC.BM, SPEC.D], gl.float32, layout=SPEC.LO)
-        if SPEC.VALUES_8BIT:
-            l = gl.zeros([SPEC.BM, 8], gl.float32, layout=SPEC.LL)
+    p_offset = x.lists.p_work_offset + pid
+    for w in range(gl.load(p_offset), gl.load(p_offset + 1)):
+        b, h, row, tile = _locate(gl.load(x.lists.p_work + w), x.sizes)
+        q_count = gl.load(x.lists.p_q_count + tile)
+        if q_count > GROUP * SPEC.BM:
+            it = _compute(b, h, row, tile, q_count, w, it, turn, x, SPEC, GROUP)
         else:
-            l = gl.zeros([SPEC.BM], gl.float32, layout=ROW)
-        m = gl.full([SPEC.BM], float("-inf"), gl.float32, layout=ROW)
-        mbarrier.wait(x.queries.full.index(GROUP), turn & 1)
-        q = x.queries.buffer.index(GROUP).reshape([SPEC.BM, SPEC.D])
-
-        if SPEC.BOUNDED:
-            most = gl.load(x.scales.p_most_q + b * sizes.heads + h)
-            most = gl.sqrt_rn(most) * gl.sqrt_rn(gl.load(x.scales.p_most_k + kv))
-            bound = most * x.scale_log2 * _ROUNDING
-            if bound <= _MOST_BOUND:  # false for NaN
-                m = gl.full([SPEC.BM], bound, gl.float32, layout=ROW)
-                acc, l, m, it = _visit(acc, l, m, it, q, row, w, t, x, SPEC, True)
-            else:
-                acc, l, m, it = _visit(acc, l, m, it, q, row, w, t, x, SPEC, False)
-        else:
-            acc, l, m, it = _visit(acc, l, m, it, q, row, w, t, x, SPEC, False)
+            it = _pass_tile(row, w, it, turn, x, SPEC, GROUP)
         turn += 1
 
-        if SPEC.VALUES_8BIT:
-            l = gl.convert_layout(gl.max(l, axis=1), ROW)
-        empty = l == 0.0  # a row without keys: 0, and -inf
-        l = gl.where(empty, 1.0, l)
-        r = GROUP * SPEC.BM + gl.arange(0, SPEC.BM, layout=gl.SliceLayout(1, SPEC.LO))
-        c = gl.arange(0, SPEC.D, layout=gl.SliceLayout(0, SPEC.LO))
-        acc = acc * gl.convert_layout(1.0 / l, gl.SliceLayout(1, SPEC.LO))[:, None]
-        if SPEC.VALUES_8BIT:
-            o_v = kv * SPEC.HEAD_DIM + c
-            b_v_scale = gl.load(x.scales.p_v + o_v, mask=c < SPEC.HEAD_DIM)
-            acc = acc * b_v_scale[None, :]
-            if SPEC.VALUES_MEAN:
-                b_v_mean = gl.load(x.scales.p_v_mean + o_v, mask=c < SPEC.HEAD_DIM)
-                seen = gl.convert_layout(gl.where(empty, 0.0, 1.0), gl.SliceLayout(1, SPEC.LO))
-                acc += seen[:, None] * b_v_mean[None, :]
-        outputs = x.outputs
-        base = ((b.to(gl.int64) * sizes.length_q + q_start) * sizes.heads + h) * SPEC.HEAD_DIM
-        if SPEC.SPLIT:
-            code = gl.load(outputs.p_part + w)
-            if (code & 255) > 1:  # what this writes to the outputs, `combine` overwrites
-                o_part = (code >> 16) * (SPEC.GROUPS * SPEC.BM)
-                p_part = outputs.p_part_o + o_part.to(gl.int64) * SPEC.HEAD_DIM
-                inside = (r < q_count)[:, None] & (c < SPEC.HEAD_DIM)[None, :]
-                gl.store(p_part + r[:, None] * SPEC.HEAD_DIM + c[None, :], acc, mask=inside)
-                value = gl.where(empty, float("-inf"), m + gl.log2(l))
-                gl.store(outputs.p_part_lse + o_part + o_m, value, mask=o_m < q_count)
-        _write(acc, base, q_start, q_count, x, SPEC, GROUP)
-        if SPEC.LSE:
-            value = gl.where(empty, float("-inf"), (m + gl.log2(l)) * _LN2)
-            o_out = _rows_of_output(o_m, q_start, q_count, outputs, SPEC)
-            gl.store(outputs.p_lse + o_head + q_start + o_out, value, mask=o_m < q_count)
+
+@gluon.jit
+def _pass_tile(row, w, it, turn, x, SPEC: gl.constexpr, GROUP: gl.constexpr):
+    """The turn of a tile that is too short to have queries for this consumer."""
+    mbarrier.wait(x.queries.full.index(GROUP), turn & 1)
+    mbarrier.arrive(x.queries.empty.index(GROUP), count=1)
+    first, _, last = _full_entries(row, w, x.outputs, x.lists, SPEC)
+    entries = last - first
+    if SPEC.PARTIAL:
+        entries += gl.load(x.lists.p_partial + row + 1) - gl.load(x.lists.p_partial + row)
+    for _ in range(entries):
+        pass_by(it % SPEC.STAGES, (it // SPEC.STAGES) & 1, x.ring)
+        it += 1
+    return it
+
+
+@gluon.jit
+def _compute(b, h, row, tile, q_count, w, it, turn, x, SPEC: gl.constexpr, GROUP: gl.constexpr):
+    """The consumer's queries of a work item."""
+    lists = x.lists
+    sizes = x.sizes
+    ROW: gl.constexpr = gl.SliceLayout(1, SPEC.LS)
+    q_start = gl.load(lists.p_q_start + tile)
+    kv = b * (sizes.heads // sizes.group) + h // sizes.group
+    o_m = GROUP * SPEC.BM + gl.arange(0, SPEC.BM, layout=ROW)
+    o_row = gl.minimum(o_m, q_count - 1)
+    o_head = (b * sizes.heads + h).to(gl.int64) * sizes.length_q
+    factor = x.scale_log2
+    if SPEC.SCALED:
+        factor = gl.load(x.scales.p_q + o_head + q_start + o_row) * x.scale_log2
+    if SPEC.K_HEAD:
+        factor = factor * gl.load(x.scales.p_k + kv)
+    if SPEC.K_GROUPS > 1:
+        factor = for_threads(factor, SPEC)
+    t = Tile(
+        x.ring, x.queries.empty.index(GROUP), lists.p_full_count, lists.p_mask, lists.p_bits, sizes.block_q, o_row,
+        _KIND_SHIFT + 2 * GROUP, factor, x.scales.p_k + kv * sizes.scales,
+    )  # fmt: skip
+    acc = gl.zeros([SPEC.BM, SPEC.D], gl.float32, layout=SPEC.LO)
+    if SPEC.VALUES_8BIT:
+        l = gl.zeros([SPEC.BM, 8], gl.float32, layout=SPEC.LL)
+    else:
+        l = gl.zeros([SPEC.BM], gl.float32, layout=ROW)
+    m = gl.full([SPEC.BM], float("-inf"), gl.float32, layout=ROW)
+    mbarrier.wait(x.queries.full.index(GROUP), turn & 1)
+    q = x.queries.buffer.index(GROUP).reshape([SPEC.BM, SPEC.D])
+
+    if SPEC.BOUNDED:
+        most = gl.load(x.scales.p_most_q + b * sizes.heads + h)
+        most = gl.sqrt_rn(most) * gl.sqrt_rn(gl.load(x.scales.p_most_k + kv))
+        bound = most * x.scale_log2 * _ROUNDING
+        if bound <= _MOST_BOUND:  # false for NaN
+            m = gl.full([SPEC.BM], bound, gl.float32, layout=ROW)
+            acc, l, m, it = _visit(acc, l, m, it, q, row, w, t, x, SPEC, True)
+        else:
+            acc, l, m, it = _visit(acc, l, m, it, q, row, w, t, x, SPEC, False)
+    else:
+        acc, l, m, it = _visit(acc, l, m, it, q, row, w, t, x, SPEC, False)
+
+    if SPEC.VALUES_8BIT:
+        l = gl.convert_layout(gl.max(l, axis=1), ROW)
+    empty = l == 0.0  # a row without keys: 0, and -inf
+    l = gl.where(empty, 1.0, l)
+    r = GROUP * SPEC.BM + gl.arange(0, SPEC.BM, layout=gl.SliceLayout(1, SPEC.LO))
+    c = gl.arange(0, SPEC.D, layout=gl.SliceLayout(0, SPEC.LO))
+    acc = acc * gl.convert_layout(1.0 / l, gl.SliceLayout(1, SPEC.LO))[:, None]
+    if SPEC.VALUES_8BIT:
+        o_v = kv * SPEC.HEAD_DIM + c
+        b_v_scale = gl.load(x.scales.p_v + o_v, mask=c < SPEC.HEAD_DIM)
+        acc = acc * b_v_scale[None, :]
+        if SPEC.VALUES_MEAN:
+            b_v_mean = gl.load(x.scales.p_v_mean + o_v, mask=c < SPEC.HEAD_DIM)
+            seen = gl.convert_layout(gl.where(empty, 0.0, 1.0), gl.SliceLayout(1, SPEC.LO))
+            acc += seen[:, None] * b_v_mean[None, :]
+    outputs = x.outputs
+    base = ((b.to(gl.int64) * sizes.length_q + q_start) * sizes.heads + h) * SPEC.HEAD_DIM
+    if SPEC.SPLIT:
+        code = gl.load(outputs.p_part + w)
+        if (code & 255) > 1:  # what this writes to the outputs, `combine` overwrites
+            o_part = (code >> 16) * (SPEC.GROUPS * SPEC.BM)
+            p_part = outputs.p_part_o + o_part.to(gl.int64) * SPEC.HEAD_DIM
+            inside = (r < q_count)[:, None] & (c < SPEC.HEAD_DIM)[None, :]
+            gl.store(p_part + r[:, None] * SPEC.HEAD_DIM + c[None, :], acc, mask=inside)
+            value = gl.where(empty, float("-inf"), m + gl.log2(l))
+            gl.store(outputs.p_part_lse + o_part + o_m, value, mask=o_m < q_count)
+    _write(acc, base, q_start, q_count, x, SPEC, GROUP)
+    if SPEC.LSE:
+        value = gl.where(empty, float("-inf"), (m + gl.log2(l)) * _LN2)
+        o_out = _rows_of_output(o_m, q_start, q_count, outputs, SPEC)
+        gl.store(outputs.p_lse + o_head + q_start + o_out, value, mask=o_m < q_count)
+    return it
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ _CHUNK = 256  # entries at once
 # What an entry is to the 64 queries of a consumer, in 2 bits for each of three, above the number of its mask.
 EMPTY, WHOLE, MIXED = 0, 1, 3
 KIND_SHIFT = 24
-_ROWS = 64
+CONSUMER_ROWS = 64  # queries of a consumer
 # Consumers look at kinds where they pass that share of masked entries by, or none needs its mask: looking makes a
 # masked block longer.
 LEAST_PASSED = 0.2
@@ -57,7 +57,7 @@ def masks_of(plan: BlockPlan) -> Masks:
         kinds = _kinds(bits)
         shift = KIND_SHIFT + 2 * torch.arange(kinds.shape[1], device=plan.device)
         marked = number | (kinds << shift).sum(1)[number]
-        own = kinds[number, : -(-plan.block_q // _ROWS)]
+        own = kinds[number, : -(-plan.block_q // CONSUMER_ROWS)]
         mixed, passed = bool((own == MIXED).any()), float((own == EMPTY).double().mean())
         by_group = passed >= LEAST_PASSED or not mixed
         _masks[plan.partial.offset] = Masks(bits, marked.int(), by_group, mixed)
@@ -69,16 +69,16 @@ def consumers_of(plan: BlockPlan) -> Tensor:
     masks = masks_of(plan)
     if not masks.by_group:
         return torch.ones_like(masks.entries, dtype=torch.float32)
-    groups = -(-plan.block_q // _ROWS)
+    groups = -(-plan.block_q // CONSUMER_ROWS)
     kinds = masks.entries[:, None] >> (KIND_SHIFT + 2 * torch.arange(groups, device=plan.device))
     return (kinds & 1).float().mean(1)
 
 
 def _kinds(bits: Tensor) -> Tensor:
     """What every mask is to each of three consumers: int64 [masks, 3]; EMPTY past the end of the tile."""
-    rows = torch.nn.functional.pad(bits, (0, 0, 0, 3 * _ROWS - bits.shape[1]))
-    words = rows.unflatten(1, (3, _ROWS)).flatten(2)
-    there = torch.arange(3, device=bits.device) * _ROWS < bits.shape[1]
+    rows = torch.nn.functional.pad(bits, (0, 0, 0, 3 * CONSUMER_ROWS - bits.shape[1]))
+    words = rows.unflatten(1, (3, CONSUMER_ROWS)).flatten(2)
+    there = torch.arange(3, device=bits.device) * CONSUMER_ROWS < bits.shape[1]
     whole, empty = (words == -1).all(2), (words == 0).all(2) | ~there
     return torch.where(empty, EMPTY, torch.where(whole, WHOLE, MIXED))
 

@@ -6,8 +6,8 @@ nothing rescaled. With bf16 weights, which have the exponents of fp32, a bound o
 models that normalise queries and keys stay under 30. Where it is larger the kernel takes the maximum.
 
 Measured on an H200: 0.26 ms of 5.27 ms at 16,896 tokens, for one reading of q and k, 0.05 ms; at 4,608 still
-0.404 ms instead of 0.415. Where tokens move to the order of a plan it comes along (`order.move`): 0.620 ms for q, k
-and v of 65,536 tokens, and 0.619 without.
+0.404 ms instead of 0.415. Where tokens move to the order of a plan it comes along whatever the plan (`order.move`):
+0.620 ms for q, k and v of 65,536 tokens, and 0.619 without.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...plan.block_plan import BlockPlan
 
-# Keys that an average query must visit before the reading pays.
+# Keys that an average query must visit before a reading of its own pays.
 LEAST_KEYS = 4096
 
 _pays: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

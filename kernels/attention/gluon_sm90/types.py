@@ -19,7 +19,7 @@ class Spec:
     are neither. RAGGED: there are full entries of fewer than BN keys.
     SPLIT: some tiles are computed in parts, of some entries each, which `split` puts together.
     ORDERED: rows of the output have places of their own.
-    SCALED: queries and keys have scales, keys one a block, K_GROUPS a block, or with K_ROWS one a key.
+    SCALED: queries and keys have scales, keys one a block, K_GROUPS a block, with K_ROWS one a key or with K_HEAD one.
     OFFSET: sums are of INT8 products, see policies. BIAS: a row is added to the scores of every tile.
     VALUES_8BIT: e4m3, transposed, a scale a channel. VALUES_MEAN: outputs get a number a channel added. BOUNDED: there are bounds of the scores.
     LS, LO, LL: layouts of scores, output and sums of weights. LW: of the output as it is written.
@@ -40,6 +40,7 @@ class Spec:
     ORDERED: bool
     SCALED: bool
     K_ROWS: bool
+    K_HEAD: bool
     K_GROUPS: int
     OFFSET: bool
     BIAS: bool

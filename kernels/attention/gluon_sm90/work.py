@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...plan.block_plan import BlockPlan
-from .mask import consumers_of
+from .mask import CONSUMER_ROWS, consumers_of
 
 # A tile's first wait and its epilogue take about as long as this many key blocks.
 _TILE_OVERHEAD = 2
@@ -114,7 +114,8 @@ def _schedule(cost: Tensor, parts: Tensor, programs: int) -> tuple[Tensor, float
     if bool((cost == cost[0]).all()):
         program = torch.arange(len(cost)) % programs
         return program, float(-(-len(cost) // programs) * cost[0])
-    heavy = torch.where(cost > 2 * cost.mean(), cost, 0)
+    # Neighbours stay together, but long items begin and short ones fill what is left.
+    heavy = torch.where(cost > 2 * cost.mean(), cost, 0) - (cost < 0.85 * cost.mean()).double()
     order = heavy.argsort(descending=True, stable=True)
     program = torch.empty_like(order)
     # To the program with the least work so far.
@@ -132,13 +133,15 @@ def _items(plan: BlockPlan, batch: int, heads: int) -> tuple[Tensor, Tensor, Ten
     """All items in order, their costs in key blocks, and whether they have no masked entries; on the CPU.
 
     What a consumer passes by costs it nothing: counted so, the longest program of FLUX 4K with windows of 80 and strides
-    of 16 has 3% less to do.
+    of 16 has 3% less to do. In a short tile consumers without queries pass all by; the others wait for each other less.
     """
-    cost = (plan.full.offset.diff() + _TILE_OVERHEAD).cpu().double()
+    cost = plan.full.offset.diff().cpu().double()
     whole = (plan.partial.offset.diff() == 0).cpu().view(plan.variants, plan.tiles)
     if plan.partial.start.numel():
         cost.index_add_(0, plan.partial.rows.cpu(), consumers_of(plan).cpu().double())
-    cost = cost.view(plan.variants, plan.tiles)
+    consumers, most = -(-plan.q_count.cpu() // CONSUMER_ROWS), -(-plan.block_q // CONSUMER_ROWS)
+    share = (consumers + 1) / (most + 1)
+    cost = cost.view(plan.variants, plan.tiles) * share + _TILE_OVERHEAD
     variant = torch.zeros(1, 1, dtype=torch.int64)
     if plan.variant is not None:
         variant = plan.variant.cpu().long()

@@ -169,7 +169,8 @@ def _(
         found.append(q.new_empty(shape, dtype=dtype))
     if qk_format != "same":
         found.append(float32(batch, heads, -(-length_q // q_rows)))
-        found.append(float32(batch, kv_heads, -(-length_k // k_rows), *[k_groups] * (k_groups > 1)))
+        spec = PrologueSpec(qk=qk_format, k_rows=k_rows, k_groups=k_groups)
+        found.append(float32(batch, kv_heads, *spec.key_scales(length_k)))
     if v_format != "same":
         found.append(float32(batch, kv_heads, dim))
     if smooth_k:

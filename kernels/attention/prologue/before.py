@@ -46,7 +46,7 @@ def _norms(side, program, eps, D: tl.constexpr, R: tl.constexpr, BC: tl.constexp
 @triton.jit
 def first_kernel(
     k, v, rotary, end_k, chunk_k, chunk_v, eps, PAIRS: tl.constexpr, ACROSS: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, G: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr, EARLY: tl.constexpr,
+    BD: tl.constexpr, G: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr, TOPS: tl.constexpr, EARLY: tl.constexpr,
     FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -55,7 +55,7 @@ def first_kernel(
     if EARLY:
         gdc_launch_dependents()
     if k.part is not None and program < end_k:
-        _sums(k, rotary, program, chunk_k, eps, PAIRS, ACROSS, D, BD, G, RK)
+        _sums(k, rotary, program, chunk_k, eps, PAIRS, ACROSS, D, BD, G, RK, TOPS)
     if v.part is not None and program >= end_k:
         _tops(v, program - end_k, chunk_v, D, BD, G, RV)
 
@@ -71,10 +71,11 @@ def _piece(side, program, chunk, G: tl.constexpr):
 @triton.jit
 def _sums(
     side, rotary, program, chunk, eps, PAIRS: tl.constexpr, ACROSS: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    BD: tl.constexpr, G: tl.constexpr, R: tl.constexpr, TOPS: tl.constexpr,
 ):  # fmt: skip
     """Sums of normed and rotated rows over a chunk of tokens, for G heads side by side, which read the
-    rotary table from the L1 cache: a thread keeps to its channels, so that rows never cross threads."""
+    rotary table from the L1 cache: a thread keeps to its channels, so that rows never cross threads. TOPS: behind
+    them the largest magnitude of every channel."""
     first, index, b, chunks = _piece(side, program, chunk, G)
     o_h, o_r = first + tl.arange(0, G)[:, None, None], tl.arange(0, R)[None, :, None]
     o_d, o_p = tl.arange(0, BD)[None, None, :], 2 * tl.arange(0, BD // 2)[None, None, :]
@@ -91,6 +92,8 @@ def _sums(
         p_sin = rotary.sin + o_r.to(tl.int64) * rotary.sin_s + o_table
     acc_a = tl.zeros((G, 1, BD // 2), tl.float32)
     acc_b = tl.zeros((G, 1, BD // 2), tl.float32)
+    top_a = tl.zeros((G, 1, BD // 2), tl.int32)
+    top_b = tl.zeros((G, 1, BD // 2), tl.int32)
     for start in range(0, chunk, R):
         row = tl.zeros((), tl.int64) + (index * chunk + start)
         read = (row + o_r < side.length) & inside
@@ -113,11 +116,21 @@ def _sums(
             b_cos, _ = tl.split(tl.reshape(b_cos, (G, R, BD // 2, 2)))
             _, b_sin = tl.split(tl.reshape(b_sin, (G, R, BD // 2, 2)))
             b_a, b_b = b_a * b_cos - b_b * b_sin, b_b * b_cos + b_a * b_sin
-        acc_a += tl.sum(b_a * b_rms, 1, keep_dims=True)
-        acc_b += tl.sum(b_b * b_rms, 1, keep_dims=True)
-    p = side.part + ((b * side.heads + o_h) * chunks + index) * D + o_p
+        b_a, b_b = b_a * b_rms, b_b * b_rms
+        acc_a += tl.sum(b_a, 1, keep_dims=True)
+        acc_b += tl.sum(b_b, 1, keep_dims=True)
+        if TOPS:
+            bits_a = tl.abs(b_a).to(tl.int32, bitcast=True)
+            bits_b = tl.abs(b_b).to(tl.int32, bitcast=True)
+            top_a = tl.maximum(top_a, tl.max(bits_a, 1, keep_dims=True))
+            top_b = tl.maximum(top_b, tl.max(bits_b, 1, keep_dims=True))
+    WIDE: tl.constexpr = 2 if TOPS else 1
+    p = side.part + ((b * side.heads + o_h) * chunks + index) * (WIDE * D) + o_p
     tl.store(p, acc_a, mask=known)
     tl.store(p + 1, acc_b, mask=known)
+    if TOPS:
+        tl.store(p + D, top_a.to(tl.float32, bitcast=True), mask=known)
+        tl.store(p + D + 1, top_b.to(tl.float32, bitcast=True), mask=known)
 
 
 @triton.jit

@@ -202,7 +202,9 @@ def _walk_heads(
             b_b = b_b * b_row[:, None] - m_b[None, :]
             # Rows of padding stay zero: a mean there would cost them the best of their scale.
             b_row = tl.where(read, 1.0, 0.0)
-        if LIMIT > 0:
+        if N == 0:
+            b_row *= 1.0 / tl.load(side.scale + bh)
+        elif LIMIT > 0:
             b_top = tl.maximum(tl.abs(b_a), tl.abs(b_b), propagate_nan=tl.PropagateNan.ALL)
             bits = tl.max(b_top.to(tl.int32, bitcast=True), 1)  # [BM]
             bits = (bits.to(tl.float32, bitcast=True) * b_row).to(tl.int32, bitcast=True)
@@ -229,16 +231,29 @@ def _walk_heads(
 
 
 @triton.jit
-def _add_up(side, bh, blocks, D: tl.constexpr, BD: tl.constexpr):
-    """Mean of K from the partial sums of one head."""
+def _add_up(
+    side, bh, blocks, LIMIT: tl.constexpr, TOPS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
+):
+    """Mean of K from the partial sums of one head; TOPS: also its scale, of a bound of what the mean leaves."""
     BM: tl.constexpr = 1024 // BD
+    WIDE: tl.constexpr = 2 * D if TOPS else D
     o_m, o_d = tl.arange(0, BM), tl.arange(0, BD)
     acc = tl.zeros((BM, BD), tl.float32)
+    top = tl.zeros((BM, BD), tl.int32)
     for start in range(0, blocks, BM):
         inside = (start + o_m < blocks)[:, None] & (o_d < D)[None, :]
-        p = side.part + (bh * blocks + start + o_m)[:, None] * D + o_d[None, :]
+        p = side.part + (bh * blocks + start + o_m)[:, None] * WIDE + o_d[None, :]
         acc += tl.load(p, mask=inside, other=0.0)
-    tl.store(side.mean + bh * D + o_d, tl.sum(acc, 0) / side.length, mask=o_d < D)
+        if TOPS:
+            more = tl.load(p + D, mask=inside, other=0.0)
+            top = tl.maximum(top, more.to(tl.int32, bitcast=True))
+    b_mean = tl.zeros((BD,), tl.float32)
+    if side.mean is not None:
+        b_mean = tl.sum(acc, 0) / side.length
+        tl.store(side.mean + bh * D + o_d, b_mean, mask=o_d < D)
+    if TOPS:
+        b_top = tl.max(top, 0).to(tl.float32, bitcast=True) + tl.abs(b_mean)
+        tl.store(side.scale + bh, _maximum(tl.max(b_top.to(tl.int32, bitcast=True), 0)) / LIMIT)
 
 
 @triton.jit
@@ -270,7 +285,7 @@ def rows_kernel(
     if WAIT != "" and program < end_v_total:
         gdc_wait()
     if k_total.x is not None and program < end_k_total:
-        _add_up(k_total, program.to(tl.int64), k_chunks, D, BD)
+        _add_up(k_total, program.to(tl.int64), k_chunks, LIMIT, NK == 0, D, BD)
     if v_total.x is not None and (program >= end_k_total) & (program < end_v_total):
         _greatest(v_total, (program - end_k_total).to(tl.int64), v_chunks, D, BD)
     if q.x is not None and (program >= end_v_total) & (program < end_q):

@@ -165,8 +165,7 @@ def plan_launches(
         query = query._replace(
             scale=float32(batch, query.heads, -(-query.out_length // spec.q_rows))
         )
-        of_keys = (-(-key.out_length // spec.k_rows), *[spec.k_groups] * (spec.k_groups > 1))
-        key = key._replace(scale=float32(batch, kv_heads, *of_keys))
+        key = key._replace(scale=float32(batch, kv_heads, *spec.key_scales(key.out_length)))
     key = key._replace(mean=k_mean)
 
     launches: list[Launch] = []
@@ -177,20 +176,26 @@ def plan_launches(
     if any(x.x is not None for x in normed):
         launches.append(norms_launch(*normed, eps=spec.eps, early=early))
     totals = Totals()
-    if k_mean is not None or v_scale is not None:
+    of_head = spec.k_rows == 0
+    if k_mean is not None or v_scale is not None or of_head:
         # Norms over all heads are read by token: then the mean is over all of them, too.
-        step = 1 if _across(key) else mean_step(key.length)
+        step = 1 if _across(key) or of_head else mean_step(key.length)
         totals = _totals(
-            _every(step, key) if k_mean is not None else NOTHING,
+            _every(step, key) if k_mean is not None or of_head else NOTHING,
             value if v_scale is not None else NOTHING,
             float32,
+            of_head,
         )
         angles = tables and tables._replace(cos_s=tables.cos_s * step, sin_s=tables.sin_s * step)
         follows = early and bool(launches)
-        launches.append(first_launch(totals, angles, eps=spec.eps, early=early, follows=follows))
+        launches.append(
+            first_launch(
+                totals, angles, eps=spec.eps, of_head=of_head, early=early, follows=follows
+            )
+        )
 
     tiles = [tile_of(rows, head_dim) for rows in (spec.q_rows, spec.k_rows)]
-    together = tiles[0] == tiles[1] and _across(query) == _across(key) and k_mean is None
+    together = tiles[0] == tiles[1] and _across(query) == _across(key) and totals.k.x is None
     for x, y in [(query, key)] if together else [(query, NOTHING), (NOTHING, key)]:
         launches.append(
             rows_launch(
@@ -316,13 +321,13 @@ def value_launch(v: Side, *, padded: int, layout: str, limit: float, wait: str) 
     )  # fmt: skip
 
 
-def _totals(k: Side, v: Side, float32: Callable) -> Totals:
-    """With room for partial results."""
+def _totals(k: Side, v: Side, float32: Callable, of_head: bool) -> Totals:
+    """With room for partial results; of_head: K has maxima behind its sums."""
     chunks = (_chunk(k), _chunk(v))
     k, v = (
         x if x.x is None else x._replace(
-            part=float32(x.x.shape[0], x.heads, _cdiv(x.length, chunk), x.x.shape[-1])
-        ) for x, chunk in zip((k, v), chunks, strict=True)
+            part=float32(x.x.shape[0], x.heads, _cdiv(x.length, chunk), wide * x.x.shape[-1])
+        ) for x, chunk, wide in zip((k, v), chunks, (1 + of_head, 1), strict=True)
     )  # fmt: skip
     return Totals(k, v, *chunks)
 
@@ -360,9 +365,9 @@ def norms_launch(q: Side, k: Side, *, eps: float, early: bool) -> Launch:
 
 
 def first_launch(
-    totals: Totals, rotary: Rotary | None, *, eps: float, early: bool, follows: bool
+    totals: Totals, rotary: Rotary | None, *, eps: float, of_head: bool, early: bool, follows: bool
 ) -> Launch:
-    """Sums of K over tokens into k.part and maxima of V per channel into v.part.
+    """Sums of K over tokens, with of_head maxima too, into k.part and maxima of V per channel into v.part.
 
     early: the next launch may begin early; follows: this one may, and waits for norms over all heads.
     """
@@ -381,7 +386,7 @@ def first_launch(
         (sum(programs),),
         (k, v, rotary, programs[0], totals.k_chunk, totals.v_chunk, eps),
         {"PAIRS": _pairs(rotary, head_dim), "ACROSS": _across(k), "D": head_dim, "BD": BD, "G": G,
-         "RK": rows, "RV": 2 * rows, "EARLY": early, "FOLLOWS": follows}
+         "RK": rows, "RV": 2 * rows, "TOPS": of_head, "EARLY": early, "FOLLOWS": follows}
         | _options(4, early=follows),
     )  # fmt: skip
 

@@ -23,19 +23,25 @@ def reference(
     """`prologue`, computed in the inputs' dtype: for the exact result, give float64 (q, k and v suffice)."""
     q = _rotated(_normalized(q, norm_q, spec.eps), rotary)
     k = _rotated(_normalized(k, norm_k, spec.eps), rotary)
-    v_top = v.abs().amax(1)  # [B, Hk, D]
+    v_top, k_top = v.abs().amax(1), k.abs().amax(1)  # [B, Hk, D]
     k_mean = None
     if spec.smooth_k:
-        across = norm_k is not None and norm_k.numel() > k.shape[-1]
-        k_mean = k[:, :: 1 if across else mean_step(k.shape[1])].mean(1)
-        k = k - k_mean[:, None]
+        every = not spec.k_rows or (norm_k is not None and norm_k.numel() > k.shape[-1])
+        k_mean = k[:, :: 1 if every else mean_step(k.shape[1])].mean(1)
+        k, k_top = k - k_mean[:, None], k_top + k_mean.abs()
     q = _ordered(q, order)
     k, v = (_ordered(x, order if key_order is None else key_order) for x in (k, v))
     q_scale = k_scale = v_scale = None
     if spec.qk in FORMATS:
         q, q_scale = _quantized_rows(q, spec.qk, spec.q_rows)
         q_scale = q_scale * spec.softmax_scale
-        k, k_scale = _quantized_rows(k, spec.qk, spec.k_rows, spec.k_groups)
+        if spec.k_rows:
+            k, k_scale = _quantized_rows(k, spec.qk, spec.k_rows, spec.k_groups)
+        else:
+            k_scale = (
+                k_top.amax(-1, keepdim=True).clamp(min=TINY) / FORMATS[spec.qk][1]
+            )  # [B, Hk, 1]
+            k = _rounded(k / k_scale[:, None], spec.qk)
     if spec.v in FORMATS:
         v_scale = v_top.clamp(min=TINY) / FORMATS[spec.v][1]
         v = _rounded(v / v_scale[:, None], spec.v)
@@ -77,12 +83,12 @@ def _by_token(scale: Tensor, rows: int, length: int) -> Tensor:
 
 
 def scale_of_tokens(scale: Tensor, rows: int, length: int) -> Tensor:
-    """Scales of so many rows each, [B, H, n], or of groups of these, [B, H, n, groups] -> [B, H, length]."""
+    """Scales of so many rows each (0: of all), [B, H, n], or of groups of these, [B, H, n, groups] -> [B, H, length]."""
     if scale.dim() == 4:
         each = 8 // scale.shape[3]
         scale = scale[:, :, :, None].expand(-1, -1, -1, rows // 8, -1).flatten(2)
         rows = each
-    return scale.repeat_interleave(rows, 2)[..., :length]
+    return scale.repeat_interleave(rows or length, 2)[..., :length]
 
 
 def _normalized(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -41,7 +41,9 @@ class PrologueSpec:
 
     qk: "same" (the dtype of the inputs), "int8", "fp8" (e4m3), "int4" (-7 .. 7, kept in int8) or "int4x2" (two of
         these a byte, `pack_int4`).
-    q_rows, k_rows: tokens that share a scale: 1, 2, 4, ... 128. (128 of head dim 256 spill registers.)
+    q_rows, k_rows: tokens that share a scale: 1, 2, 4, ... 128. (128 of head dim 256 spill registers.) k_rows may be
+        0, one scale for all keys of a head: of a bound of their largest channel, which a first read finds; e4m3 rounds
+        the same under any.
     k_groups: 1, or 4: so many scales for every k_rows keys (8 at least), see `K_GROUPS`.
     v: "same" or "fp8" (e4m3, a scale per channel).
     v_layout: "tokens" [B, S, H, D]; "channels" [B, H, D, S padded] or "channels16", the same with the
@@ -72,6 +74,8 @@ class PrologueSpec:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
         for name in ("q_rows", "k_rows"):
             rows = getattr(self, name)
+            if (name, rows) == ("k_rows", 0) and self.qk != "same":
+                continue
             if not 1 <= rows <= MAX_ROWS or rows & (rows - 1):
                 raise ValueError(f"{name} must be a power of two up to {MAX_ROWS}, got {rows}.")
         if self.k_groups not in (1, K_GROUPS) or (self.k_groups > 1 and self.k_rows < 8):
@@ -86,8 +90,18 @@ class PrologueSpec:
                 "q_rows, k_rows, k_groups and softmax_scale are about scales, which qk='same' has not: "
                 "leave them at 1, or choose qk='int8' or 'fp8'."
             )
+        if self.k_rows == 0 and self.qk != "fp8":
+            raise ValueError(
+                f"k_rows=0, one scale for all keys of a head, is for qk='fp8', got {self.qk!r}."
+            )
         if self.version != 1:
             raise ValueError(f"PrologueSpec version {self.version} is not known, only 1.")
+
+    def key_scales(self, length: int) -> tuple[int, ...]:
+        """The shape of the scales of so many keys of a head."""
+        if self.k_rows == 0:
+            return (1,)
+        return (-(-length // self.k_rows), *[self.k_groups] * (self.k_groups > 1))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -108,7 +122,7 @@ class Operands(NamedTuple):
     """The operands of an attention kernel. None: this spec has none.
 
     q [B, S, H, D], k [B, S, Hk, D], uint8 [..., D / 2] where they hold two codes a byte; v in the layout of the spec.
-    q_scale [B, H, ceil(S / q_rows)], k_scale [B, Hk, ceil(S / k_rows)] (and [..., k_groups] of several), v_scale [B, Hk, D]: fp32, above
+    q_scale [B, H, ceil(S / q_rows)], k_scale [B, Hk, *spec.key_scales(S)], v_scale [B, Hk, D]: fp32, above
     zero; a value is code * scale, and that of q includes softmax_scale.
     k_mean [B, Hk, D]: fp32, what smoothing has subtracted.
     v_mean [B, Hk, D]: fp32, with v_scale: what kernels add to outputs of queries that see a key. Who takes a mean
