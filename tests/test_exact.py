@@ -8,7 +8,7 @@ import torch
 import visionfuse
 from visionfuse import exact, patching
 from visionfuse.exact import predicted_gain, self_check
-from visionfuse.testing_pipelines import flux_pipeline, run
+from visionfuse.testing_pipelines import Graphs, flux_pipeline, run
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +123,19 @@ def test_what_stays_literally_stock(pipe, faster, kept):
     pipe.enable_visionfuse("gna", density=0.4, **options)
     assert torch.equal(run(pipe), faster)
     assert visionfuse.report(pipe).denoisers[0].dense == ""
+
+
+def test_compiled_blocks_need_no_more_graphs_for_it(pipe, faster):
+    torch._dynamo.reset()
+    graphs = Graphs()
+    fresh = flux_pipeline()
+    fresh.transformer.compile_repeated_blocks(backend=graphs, fullgraph=True)
+    fresh.enable_visionfuse("gna", density=0.4, dense_steps=1)
+    got = run(fresh)
+    assert visionfuse.report(fresh).denoisers[0].dense == "blocks"
+    # Of two classes of blocks one for dense steps and one for the plan, and one more for the strides that the
+    # first of the single blocks sees, enabled or not.
+    assert graphs.count == 5
+    pipe.enable_visionfuse("gna", density=0.4, dense_steps=1)
+    torch.testing.assert_close(got, run(pipe), rtol=0, atol=1e-4 * float(got.abs().max()))
+    torch._dynamo.reset()
