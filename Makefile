@@ -3,7 +3,7 @@
 #   make demo       one prompt and seed, stock and accelerated, side by side in demo.png; a video under FPSAttention in demo.mp4
 #   make demo-app   the app: pictures, video, classification and an explorer in a browser
 #   make test       lint, types and the fast tests
-#   make test-all   the sweeps too; the log is kept in assets/bench/test-all.log
+#   make test-all   the sweeps too; the log is kept in build/test-all.log
 #   make test-gpu   what an NVIDIA GPU decides; the log is kept in assets/bench/h200-tests.log
 #   make test-timm  timm's own tests of models, on ours; pip fetches timm's source distribution
 #   make lint       ruff and pyright alone
@@ -43,10 +43,10 @@ test: lint
 	$(PYTEST) -m "not slow" --durations 15
 
 test-all: lint
-	@mkdir -p assets/bench
+	@mkdir -p build
 	( date -u +%F; git rev-parse --short HEAD; $(BIN)/visionfuse info; \
-	  $(PYTEST) --durations 20; echo "exit $$?" ) 2>&1 | sed 's|$(CURDIR)/||g' > assets/bench/test-all.log; \
-	  tail -n 30 assets/bench/test-all.log; tail -n 1 assets/bench/test-all.log | grep -qx "exit 0"
+	  $(PYTEST) --durations 20; echo "exit $$?" ) 2>&1 | sed 's|$(CURDIR)/||g' > build/test-all.log; \
+	  tail -n 30 build/test-all.log; tail -n 1 build/test-all.log | grep -qx "exit 0"
 
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/python tests/run_on_gpu.py --log assets/bench/h200-tests.log

@@ -405,7 +405,7 @@ def main() -> None:
     model = args.out / "model"
     new = build(width=64, double=1, single=1) if args.dry_run else build()
     if args.stage != "vae" or args.resume:
-        pipe = FluxPipeline.from_pretrained(model, torch_dtype=torch.float32)
+        pipe = FluxPipeline.from_pretrained(model, dtype=torch.float32)
     else:
         pipe = new
     pipe.scheduler = new.scheduler

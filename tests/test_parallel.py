@@ -7,12 +7,9 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from visionfuse import TokenLayout, parallel
 from visionfuse.context import ACTIVE
@@ -106,32 +103,3 @@ def test_exchange_there_and_back(streams, parts):
         back.append(parallel._by_tokens(mine, parts, cuts))
     for rank in range(parts):
         assert torch.equal(parallel._all_heads(torch.stack([x[rank] for x in back])), local[rank])
-
-
-def test_compiled_exchanges_are_waited_for_when_all_are_on_their_way():
-    """PyTorch's wrapper would wait for each at once while it is traced."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    ACTIVE.streams, order = (8,), []
-    mesh = dist.init_device_mesh("cpu", (2,))
-    own = SimpleNamespace(_ulysses_mesh=mesh, ulysses_degree=2, ring_degree=1)
-    config, plan = SimpleNamespace(context_parallel_config=own), SimpleNamespace(variant=None)
-
-    def backend(graph, inputs):
-        order.extend(
-            str(node.target).removeprefix("_c10d_functional.") for node in graph.graph.nodes
-        )
-        return graph.forward
-
-    try:
-        split = torch.compile(parallel.attend, backend=backend, fullgraph=True)
-        x = torch.randn(1, 4, 2, 8)
-        assert split(x, x, x, plan, config, lambda q, k, v, plan: q + k * v).shape == x.shape
-    finally:
-        dist.destroy_process_group()
-        ACTIVE.clear()
-        torch._dynamo.reset()
-    send, wait = "all_to_all_single", "wait_tensor"
-    assert [what for what in order if what in (send, wait)] == [send] * 3 + [wait] * 3 + [
-        send,
-        wait,
-    ]

@@ -16,6 +16,7 @@ from visionfuse.shapes.video_fidelity import score_clips
 FOLDER = Path(__file__).resolve().parents[1] / "assets" / "wan-micro"
 TUNED = FOLDER.with_name("wan-micro-fps")
 LARGER = FOLDER.with_name("wan-micro-256")
+LARGER_TUNED = FOLDER.with_name("wan-micro-256-fps")
 CAPTION = "a green triangle moves left while a red circle stays still on a white background"
 
 
@@ -30,7 +31,9 @@ def film(pipe, captions, steps):
     return draw_videos(pipe, captions, side=128, steps=steps, guidance=GUIDANCE, seed=0)
 
 
-@pytest.mark.parametrize("folder", [FOLDER, TUNED, LARGER], ids=lambda folder: folder.name)
+@pytest.mark.parametrize(
+    "folder", [FOLDER, TUNED, LARGER, LARGER_TUNED], ids=lambda folder: folder.name
+)
 def test_folder_is_small_and_names_no_machine(folder):
     files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     assert 16e6 < sum(path.stat().st_size for path in files) <= 25e6
@@ -97,10 +100,13 @@ def test_the_tuned_transformer_films_under_the_recipe(pipe):
 
 
 @pytest.mark.slow
-def test_the_larger_size_films_what_a_caption_says():
-    larger = WanPipeline.from_pretrained(LARGER, dtype=torch.float32, use_safetensors=True)
+@pytest.mark.parametrize("folder", [LARGER, LARGER_TUNED], ids=lambda folder: folder.name)
+def test_the_larger_size_films_what_a_caption_says(folder):
+    larger = WanPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     larger.set_progress_bar_config(disable=True)
     assert larger.scheduler.config.flow_shift == 10
+    if folder == LARGER_TUNED:
+        larger.enable_visionfuse(Recipe.load(LARGER / "recipes" / "fps.json"))
     videos = draw_videos(larger, [CAPTION], side=256, steps=10, guidance=GUIDANCE, seed=0)
     assert score_clips(videos, [CAPTION])[0].right
 
