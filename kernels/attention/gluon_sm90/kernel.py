@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_wait
 
 from .mask import EMPTY, KIND_SHIFT, WHOLE
-from .policies import MASK_NUMBER, attend, for_threads, ones_like_values, pass_by, thread_numbers
+from .policies import attend, for_threads, let_go, ones_like_values, pass_by, thread_numbers
 from .types import Boxes, Lists, Outputs, Queries, Ring, Scales, Shared, Sizes, Tile
 
 _EMPTY: gl.constexpr = gl.constexpr(EMPTY)
@@ -96,8 +96,6 @@ def _bring_blocks(x, SPEC: gl.constexpr):
         if SPEC.PARTIAL:
             for e in range(gl.load(lists.p_partial + row), gl.load(lists.p_partial + row + 1)):
                 _fetch(gl.load(lists.p_partial_start + e), b, h, tile, it, x, SPEC)
-                if SPEC.BITS:
-                    _touch_mask(e, x)
                 it += 1
         first, whole_end, last = _full_entries(row, w, x.outputs, lists, SPEC)
         if SPEC.RAGGED:
@@ -107,19 +105,6 @@ def _bring_blocks(x, SPEC: gl.constexpr):
         for e in range(first, whole_end):
             _fetch(gl.load(lists.p_full_start + e), b, h, tile, it, x, SPEC)
             it += 1
-
-
-@gluon.jit
-def _touch_mask(e, x):
-    """Bring the mask of entry e to the L1 cache: ptxas puts products behind its first use, so that consumers would wait
-    for the L2 cache before them. A never taken branch keeps the loads; prefetches are hints."""
-    line = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))  # of 32 words
-    words = x.sizes.block_q * 4
-    p = x.lists.p_bits + (gl.load(x.lists.p_mask + e) & MASK_NUMBER) * words
-    gl.inline_asm_elementwise(
-        "{ .reg .pred q; setp.eq.s32 q, $1, 0x2B992DDF; @q nanosleep.u32 1; mov.b32 $0, 0; }",
-        "=r,r", [gl.load(p + gl.minimum(line * 32, words - 1))], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -218,7 +203,7 @@ def _walk(acc, l, m, it, q, first, last, p_start, x, SPEC: gl.constexpr, MASK: g
             if (gl.load(x.p_mask + e) >> x.o_kind) & 1 == 1:
                 acc, l, m = attend(acc, l, m, q, e, stage, phase, factor, x, SPEC, NEEDED, BOUNDED)
             else:
-                pass_by(stage, phase, x.ring)
+                pass_by(stage, phase, x.ring, SPEC)
         elif MASK == "none":
             done = e + 1 == last  # whole entries end a tile
             acc, l, m = attend(acc, l, m, q, e, stage, phase, factor, x, SPEC, MASK, BOUNDED, done)
@@ -247,7 +232,7 @@ def _visit(acc, l, m, it, q, row, w, t, x, SPEC: gl.constexpr, BOUNDED: gl.const
         # A finite floor far under any score keeps exp2(m - m_new) at zero.
         m = gl.maximum(m, -1.0e30)
     # The last whole entry lets the queries go; without one, this.
-    mbarrier.arrive(t.q_empty, count=1, pred=first >= whole_end)
+    let_go(t.q_empty, SPEC, first >= whole_end)
     return _walk(acc, l, m, it, q, first, whole_end, lists.p_full_start, t, SPEC, "none", BOUNDED)
 
 
@@ -271,13 +256,13 @@ def _consume(x, SPEC: gl.constexpr, GROUP: gl.constexpr):
 def _pass_tile(row, w, it, turn, x, SPEC: gl.constexpr, GROUP: gl.constexpr):
     """The turn of a tile that is too short to have queries for this consumer."""
     mbarrier.wait(x.queries.full.index(GROUP), turn & 1)
-    mbarrier.arrive(x.queries.empty.index(GROUP), count=1)
+    let_go(x.queries.empty.index(GROUP), SPEC)
     first, _, last = _full_entries(row, w, x.outputs, x.lists, SPEC)
     entries = last - first
     if SPEC.PARTIAL:
         entries += gl.load(x.lists.p_partial + row + 1) - gl.load(x.lists.p_partial + row)
     for _ in range(entries):
-        pass_by(it % SPEC.STAGES, (it // SPEC.STAGES) & 1, x.ring)
+        pass_by(it % SPEC.STAGES, (it // SPEC.STAGES) & 1, x.ring, SPEC)
         it += 1
     return it
 
@@ -393,6 +378,7 @@ def forward_kernel(
 ):  # fmt: skip
     GROUPS: gl.constexpr = SPEC.GROUPS
     STAGES: gl.constexpr = SPEC.STAGES
+    ARRIVALS: gl.constexpr = 128 if SPEC.PARTIAL else 1  # of a consumer, see `let_go`
     if SPEC.VALUES_8BIT:
         ones = ones_like_values(v_boxes.dtype, SPEC)
     else:
@@ -400,12 +386,12 @@ def forward_kernel(
     x = Shared(
         Boxes(q_boxes, k_boxes, v_boxes, k_scale_boxes, bias_boxes),
         Queries(
-            _buffers(q_boxes, GROUPS), _barriers(GROUPS, 1), _barriers(GROUPS, 1),
+            _buffers(q_boxes, GROUPS), _barriers(GROUPS, 1), _barriers(GROUPS, ARRIVALS),
         ),
         Ring(
             _buffers(k_boxes, STAGES), _buffers(v_boxes, STAGES),
-            _barriers(STAGES, 1), _barriers(STAGES, GROUPS),
-            _barriers(STAGES, 1), _barriers(STAGES, GROUPS), ones,
+            _barriers(STAGES, 1), _barriers(STAGES, GROUPS * ARRIVALS),
+            _barriers(STAGES, 1), _barriers(STAGES, GROUPS * ARRIVALS), ones,
             _buffers_if(SPEC.K_ROWS, k_scale_boxes, STAGES),
             _buffers_if(SPEC.BIAS, bias_boxes, STAGES),
         ),

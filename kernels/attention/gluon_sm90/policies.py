@@ -32,6 +32,7 @@ from itertools import product
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -204,12 +205,24 @@ def _greatest(s, SPEC: gl.constexpr):
 
 
 @gluon.jit
-def pass_by(stage, phase, ring):
+def let_go(empty, SPEC: gl.constexpr, pred=True):
+    """The consumer needs a buffer no more. One thread says so for all, or in plans with masks, which take all predicates,
+    each for itself: ptxas would read the number of the thread anew every time and let keys go late. Measured on an H200:
+    windows with masks 0% to 6% faster, FP8 without masks 4% slower."""
+    if SPEC.PARTIAL:
+        if pred:
+            async_copy.mbarrier_arrive(empty, increment_count=False)
+    else:
+        mbarrier.arrive(empty, count=1, pred=pred)
+
+
+@gluon.jit
+def pass_by(stage, phase, ring, SPEC: gl.constexpr):
     """An entry that no query of the consumer sees: its turn in the ring."""
     mbarrier.wait(ring.k_full.index(stage), phase)
-    mbarrier.arrive(ring.k_empty.index(stage), count=1)
+    let_go(ring.k_empty.index(stage), SPEC)
     mbarrier.wait(ring.v_full.index(stage), phase)
-    mbarrier.arrive(ring.v_empty.index(stage), count=1)
+    let_go(ring.v_empty.index(stage), SPEC)
 
 
 # One entry -----------------------------------------------------------------------------------------
@@ -260,9 +273,9 @@ def attend(acc, l, m, q, e, stage, phase, factor, x, SPEC: gl.constexpr, MASK: g
         s = _hidden(s, words, SPEC, MASK)
     if SPEC.SCALED and MASK != "none":
         factor = gl.maximum(factor, 1.0e-35)  # -inf * 0 is no number, and -2^127 * 0 is not hidden
-    mbarrier.arrive(ring.k_empty.index(stage), count=1)
+    let_go(ring.k_empty.index(stage), SPEC)
     if done is not None:
-        mbarrier.arrive(x.q_empty, count=1, pred=done)
+        let_go(x.q_empty, SPEC, done)
 
     if BOUNDED:
         p = gl.exp2(s * factor - m[:, None])
@@ -321,7 +334,7 @@ def _add_16bit(acc, p, stage, phase, ring, SPEC: gl.constexpr):
     values = ring.v.index(stage).reshape([SPEC.BN, SPEC.D])
     acc = warpgroup_mma(weights, values, acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(ring.v_empty.index(stage), count=1)
+    let_go(ring.v_empty.index(stage), SPEC)
     return acc
 
 
@@ -338,7 +351,7 @@ def _add_8bit(acc, l, p, rescale, stage, phase, ring, SPEC: gl.constexpr):
     nothing = gl.zeros([SPEC.BM, 8], gl.float32, layout=SPEC.LL)
     count = warpgroup_mma(weights, ring.ones.permute((1, 0)), nothing, use_acc=False, is_async=True)
     part, count = warpgroup_mma_wait(0, deps=(part, count))
-    mbarrier.arrive(ring.v_empty.index(stage), count=1)
+    let_go(ring.v_empty.index(stage), SPEC)
     l = l * gl.convert_layout(rescale, gl.SliceLayout(1, SPEC.LL))[:, None] + count
     return acc * gl.convert_layout(rescale, gl.SliceLayout(1, SPEC.LO))[:, None] + part, l
 
