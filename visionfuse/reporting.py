@@ -330,8 +330,8 @@ def describe(recipe: Recipe) -> str:
     """A recipe in words: which pairs, in which formats, when."""
     if recipe.schedule.phases:
         names = [name for name in recipe.schedule.names if name != STOCK]
-        more = ["..."] if len(names) > MANY else []
-        return f"{len(names)} variants ({', '.join(names[:MANY] + more)}) in {recipe.schedule}"
+        listed = f" ({', '.join(names)})" if len(names) <= MANY else ""
+        return f"{len(names)} variants{listed} in {recipe.schedule}"
     return f"{describe_variant(recipe.plan, recipe.precision)}; {recipe.schedule}"
 
 
