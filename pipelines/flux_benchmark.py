@@ -49,11 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.base and not args.csv:
         parser.error("--base is compared with --csv; name that file too.")
-    height, width = map(int, args.size.split("x"))
     variants = dict(VARIANTS)
-    for words in filter(None, map(str.strip, args.recipes.split(","))):
-        name, *options = words.split()
-        variants |= variants_of(words, recipe=build_recipe(name, **parse_options(options)))
+    try:
+        height, width = map(int, args.size.split("x"))
+        for words in filter(None, map(str.strip, args.recipes.split(","))):
+            name, *options = words.split()
+            variants |= variants_of(words, recipe=build_recipe(name, **parse_options(options)))
+    except (TypeError, ValueError) as wrong:
+        parser.error(f"{wrong} A size is 1024x1024; a recipe is gna density=0.3.")
     if unknown := set(args.variants or ()).difference(variants):
         parser.error(f"Unknown variants {', '.join(unknown)}. Choose from: {'; '.join(variants)}.")
     variants = {name: variants[name] for name in args.variants or variants}

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from visionfuse.kernels.plan import (
 from visionfuse.kernels.plan.block_plan import BitMask
 from visionfuse.testing import check_attention, group_plan, random_plan
 
-ROOT = Path(__file__).resolve().parents[1]
 hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
     reason="needs a Hopper GPU",

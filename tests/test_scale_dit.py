@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
+from visionfuse import exact
 from visionfuse.context import ACTIVE
 from visionfuse.scale_dit.guidance import Guidance, TwoStreams, drawn_to, guided
 from visionfuse.testing_pipelines import flux_pipeline, flux_transformer
@@ -191,6 +192,16 @@ def test_kept_keys_and_values_change_nothing():
     assert calls == [tokens + COARSE[0] * COARSE[1], tokens, tokens, tokens]
     torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
     assert ACTIVE.keys is None
+
+
+def test_layers_that_stay_dense_never_see_kept_keys(monkeypatch):
+    pipe = flux_pipeline(FluxPipeline)
+    pipe.enable_visionfuse("scale_dit", window=4, dense_layers=(0,))
+    expected = run(pipe, guidance(cached=True))
+    monkeypatch.setattr(exact, "KERNEL", "reference")
+    head_dim = pipe.transformer.config.attention_head_dim
+    monkeypatch.setattr(exact, "GAINS", {head_dim: {16: 1.2}})
+    assert torch.equal(run(pipe, guidance(cached=True)), expected)
 
 
 def test_low_band_is_that_of_the_enlarged_image():

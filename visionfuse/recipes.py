@@ -200,7 +200,7 @@ def fps(
         None is every pair, and a window for every head its own. tile: tokens per axis, see `TileWindow`.
     alpha1, alpha2: shares of the run at which the coarse and the fine phase end; equal ones leave the fine phase out.
     precision: one for all phases, or one for each; by default FP8 with scales by tile, query, and 16 queries.
-    dense_start: share of the run, from its first step, with the model's own attention; part of the coarse phase.
+    dense_start: share of the run, from its first step, that stays dense, as in "gna"; part of the coarse phase.
     min_steps: shorter runs keep the model's own attention; 9, or 0 where alpha1, alpha2 or dense_start is another one.
     """
     windows = {"coarse": coarse, "fine": fine, "medium": medium}

@@ -77,7 +77,8 @@ class DenoiserReport:
     variants: of the recipe, those that its schedule names. What they have is here too, of the first.
     gain: expected speed-up of self-attention over the whole run, if time follows visited pairs.
     phases: which steps of the last run were dense and which followed what.
-    dense: where dense layers ran, if not in the model's own attention. calls: forwards so far, by kind. notes: reasons for the model's own attention, with counts.
+    dense: where dense layers ran, if not in the model's own attention.
+    calls: forwards so far, by kind. notes: reasons for the model's own attention, with counts.
     """
 
     name: str

@@ -313,8 +313,10 @@ class Routing:
         return Way(replace(choice, impl=impl, impl_reasons=[]))
 
     def exact_way(self, layout: TokenLayout, arguments: dict) -> Way | None:
-        """How layers that stay dense run if a kernel that is exact is known to be faster; it would be slower backward."""
-        if self.session.impl != "auto" or torch.is_grad_enabled():
+        """How layers that stay dense run if a kernel that is exact is known to be faster; it would be slower backward.
+        Not beside guidance, whose kept keys go to routed calls and not to the model's own attention."""
+        guided = any(segment.kind == "guidance" for segment in layout.segments)
+        if self.session.impl != "auto" or guided or torch.is_grad_enabled():
             return None
         way = self.way(EXACT, layout, arguments)
         plan = None if way.reason else self.plan(EXACT, way.choice, layout, arguments, ROW)

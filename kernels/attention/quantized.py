@@ -38,9 +38,8 @@ if TYPE_CHECKING:
     from .projected import Prelude
 
 SCALE_ROWS = 128  # keys that share a scale of "block"
-KEY_STEP = len(
-    SWAPPED
-)  # where entries may begin if keys of a head share a scale: values have another order within
+# Where entries may begin if all keys of a head share a scale: values have another order within.
+KEY_STEP = len(SWAPPED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +108,8 @@ def _reasons(
     if precision.qk == "model":
         reasons.append("qk='model' with rounded values is emulated only")
     for name, groups in _groups(precision).items():
-        if name == "k_scale" and groups == SCALES["thread"][1]:
-            continue
-        if (
-            name == "k_scale"
-            and groups.tile is None
-            and precision.qk == "fp8"
-            and native.key_groups
-        ):
+        of_head = groups.tile is None and precision.qk == "fp8" and native.key_groups
+        if name == "k_scale" and (of_head or groups == SCALES["thread"][1]):
             continue
         if groups.tile is None or groups.groups > 1:
             reasons.append(

@@ -91,6 +91,9 @@ class Measuring(Routing):
         # Routed, so that calls can be seen, to a variant that is the model's own attention.
         return Decision(names=tuple(name if routable else STOCK for routable in self.routable))
 
+    def exact_way(self, layout, arguments) -> None:
+        """Layers are measured against the model's own attention."""
+
     def before(self, args, kwargs):
         self.candidates = ()
         out = super().before(args, kwargs)
